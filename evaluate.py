@@ -1,0 +1,542 @@
+"""Checkpoint + labelled faces -> accuracy with its interval, per-class figures, confusion matrices, calibration.
+
+Reads   --data: a folder that utk_dataset_builder.py made, any folder of class folders, or a CSV list (image, class).
+        Finished crops are cut to the checkpoint's window; other pictures are aligned on the fly, as infer.py does.
+Writes  <out_dir>/<name>_confusion_matrix.png, <name>_confusion_matrix_percentage.png, <name>_reliability.png,
+        <name>_risk_coverage.png, <name>_age_gender.png (where the manifest knows age and gender) and
+        <name>_metrics.json with every number drawn. A rerun replaces the files of its --name, and says so where
+        they showed something else. --calibrate also writes the calibration into the checkpoint.
+
+    python evaluate.py --data data/utk_races --split test --ckpt checkpoints/resnet18_utk.pt
+    python evaluate.py --data FairFace_val --name fairface_val --class_map East_Asian=Asian,Southeast_Asian=Asian
+    python evaluate.py --data data/utk_races --calibrate
+    python evaluate.py --shares predictions.csv --out_dir out
+"""
+import csv
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from models import cli
+from models.align import TEMPLATE_SIZE, WHOLE, crop_views
+from models.calibration import Calibration, class_thresholds, conformal_sets, fit_calibration
+from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from models.classifier import FaceClassifier
+from models.faceset import FaceSet, FaceSetError, align_set, read_faceset
+from models.images import decode_photo
+from models.metrics import (
+    calibration_error,
+    class_figures,
+    confusion_matrix,
+    mcnemar_exact,
+    proper_scores,
+    reliability_bins,
+    risk_coverage,
+    wilson_interval,
+)
+from models.mtcnn import MTCNN
+from models.pipeline import read_predictions
+from models.shares import draw_shares, estimate_shares, format_shares
+
+AGE_BANDS = (0, 10, 20, 30, 40, 60)             # lower ends, years
+GENDERS = {"0": "male", "1": "female"}          # as UTKFace's file names have it
+MANIFEST_COLUMNS = {"file", "split", "age", "gender", "aligned_by", "duplicate_group"}
+BEFORE, AFTER = "#999999", "#1f6fb2"
+
+
+def parse_args(argv: list[str] | None = None):
+    """The parser and the checked command line."""
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--data", default="data/utk_races", help="folder of splits or of class folders, or a CSV list (%(default)s)")
+    add("--split", help="folder of --data to read, where it has splits (test; val with --calibrate)")
+    add("--ckpt", default="checkpoints/resnet18_utk.pt", help="the classifier (%(default)s)")
+    add("--out_dir", default="visualizations", help="where figures go (%(default)s)")
+    add("--name", help="first part of the figures' names (the split)")
+    add("--class_map", type=cli.class_map, help="other names of the checkpoint's classes: FROM=TO,FROM=TO")
+    add("--batch_size", type=cli.positive_int, default=32, help="pictures in one step (%(default)s)")
+    add("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes (%(default)s)")
+    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--flip", action="store_true", help="average the logits of each face and of its mirror image")
+    add("--through_112", action="store_true", help="state beside it the accuracy through finished 112 x 112 JPEG crops")
+    add("--save_probs", action="store_true", help="also write <name>_probs.npz: files, labels, logits, probs")
+    add("--target_error", type=cli.fraction, default=0.05,
+        help="state how many pictures stay unanswered where this much error is allowed (%(default)s)")
+    add("--alpha", type=cli.fraction, default=0.1, help="error allowed to the prediction sets (%(default)s)")
+    add("--calibrate", action="store_true", help="fit the calibration on the validation split, into the checkpoint")
+    add("--shares", metavar="FILE", help="instead: group shares of a predictions.csv that infer.py made with --ckpt; "
+                                         "writes shares.json and shares.png")
+    args = parser.parse_args(argv)
+    args.split = args.split or ("val" if args.calibrate else "test")
+    args.name = args.name or args.split
+    if args.calibrate and args.split == "test":
+        parser.error("--calibrate: fits on validation pictures; --split test is kept for the figures")
+    if Path(args.name).name != args.name:
+        parser.error(f"--name {args.name}: wants a file name's beginning, not a path")
+    return parser, args
+
+
+# ------------------------------------------------------------------------------------------------- pictures to logits
+@dataclass
+class Answers:
+    """What the classifier said of the readable pictures of a set."""
+    files: list[str]                # as in the FaceSet
+    labels: Tensor                  # (n,) int64
+    logits: Tensor                  # (n, C) float32
+    probs: Tensor                   # (n, C) float32, by the checkpoint's calibration: the label is their largest
+    aligned_by: list[str]           # 'mtcnn', 'template' (no face was found) or 'crop' (came aligned)
+    unreadable: list[str]           # 'file: reason' of the others
+
+    def predictions(self) -> Tensor:
+        """(n,) int64, the labels that infer.py gives."""
+        return self.probs.argmax(1)
+
+    def correct(self) -> Tensor:
+        """(n,) bool: the predicted label is the annotators'."""
+        return self.predictions() == self.labels
+
+
+def open_checkpoint(parser: cli.Parser, args) -> Checkpoint:
+    """--ckpt, or the one-line error."""
+    try:
+        return load_checkpoint(args.ckpt)
+    except CheckpointError as error:
+        parser.error(f"--ckpt {args.ckpt}: {error}")
+
+
+def open_faceset(parser: cli.Parser, args, classes: tuple[str, ...]) -> FaceSet:
+    """The pictures of --data, labelled in the checkpoint's classes; a folder that matches none is an error."""
+    try:
+        faces = read_faceset(args.data, args.split, args.class_map, classes)
+    except (FaceSetError, OSError) as error:
+        parser.error(f"--data {args.data}: {error}")
+    if faces.unmatched:
+        parser.error(f"--data {args.data}: folder {faces.unmatched[0]} matches no class of the checkpoint "
+                     f"({', '.join(classes)}); --class_map {faces.unmatched[0]}=CLASS names its class")
+    return faces
+
+
+@torch.inference_mode()
+def classify(faces: FaceSet, checkpoint: Checkpoint, args, through_112: bool = False) -> Answers:
+    """Logits of every picture, aligned as infer.py aligns; `through_112`: by way of a finished 112 x 112 JPEG crop."""
+    spec, classifier = checkpoint.spec, checkpoint.classifier(args.device)
+    window, side = (WHOLE, TEMPLATE_SIZE) if through_112 else (spec.window, spec.input_size)
+    logits = torch.full((len(faces), len(spec.classes)), torch.nan)
+    aligned_by, unreadable = [""] * len(faces), []
+    for batch in align_set(faces.paths(), faces.finished, MTCNN().to(args.device), window, side,
+                           batch_size=args.batch_size, workers=args.workers,
+                           progress=f"{args.name}, 112 px" if through_112 else args.name):
+        views = crop_views(recompress(batch.views), spec.window, spec.input_size) if through_112 else batch.views
+        logits[batch.positions] = answer(classifier, views.to(args.device), args.flip).cpu()
+        for position in batch.positions:
+            aligned_by[position] = batch.aligned_by
+        unreadable += [f"{faces.files[position]}: {reason}" for position, _, reason in batch.failures]
+    rows = [row for row, how in enumerate(aligned_by) if how]
+    return Answers([faces.files[row] for row in rows], faces.labels[rows], logits[rows],
+                   checkpoint.probs(logits[rows]), [aligned_by[row] for row in rows], unreadable)
+
+
+def answer(classifier: FaceClassifier, views: Tensor, flip: bool) -> Tensor:
+    """Logits (n, C) float32 of views; with `flip` the mean of those of the views and of their mirror images."""
+    logits = classifier(views)
+    return (logits + classifier(views.flip(-1))) / 2 if flip else logits
+
+
+def recompress(crops: Tensor) -> Tensor:
+    """Crops (n, 3, R, R) uint8 as they come back from JPEG files of quality 95, 4:4:4."""
+    decoded = torch.empty_like(crops)
+    for row, crop in enumerate(crops):
+        file = io.BytesIO()
+        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=95, subsampling=0)
+        decoded[row] = decode_photo(file.getvalue())[0]
+    return decoded
+
+
+# ------------------------------------------------------------------------------------------------------- the manifest
+def read_manifest(root: str | Path, files: list[str]) -> dict[str, dict[str, str]]:
+    """Rows of the builder's manifest.csv by file; empty where there is none, or where it does not know the files."""
+    path = Path(root) / "manifest.csv"
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = {row["file"]: row for row in reader} if set(reader.fieldnames or ()) >= MANIFEST_COLUMNS else {}
+    unknown = next((file for file in files if file not in rows), None)
+    if unknown:
+        print(f"{path} has no row for {unknown}: no figures by age, gender and twins")
+    return {} if unknown else rows
+
+
+def with_manifest(answers: Answers, manifest: dict[str, dict[str, str]]) -> Answers:
+    """The same, with the builder's word on which finished crops were aligned without a detected face."""
+    if not manifest:
+        return answers
+    return replace(answers, aligned_by=[manifest[file]["aligned_by"] if how == "crop" else how
+                                        for file, how in zip(answers.files, answers.aligned_by, strict=True)])
+
+
+def without_twin(files: list[str], manifest: dict[str, dict[str, str]]) -> Tensor:
+    """(n,) bool: no picture of another split is identical or nearly so; by the manifest's duplicate_group."""
+    splits: dict[str, set[str]] = {}
+    for row in manifest.values():
+        splits.setdefault(row["duplicate_group"], set()).add(row["split"])
+    groups = [manifest[file]["duplicate_group"] for file in files]          # '' of a picture that is like no other
+    return torch.tensor([not group or len(splits[group]) == 1 for group in groups])
+
+
+def age_band(age: int) -> str:
+    """'20-29' of 25, '60+' of 71."""
+    at = sum(age >= low for low in AGE_BANDS) - 1
+    return f"{AGE_BANDS[at]}-{AGE_BANDS[at + 1] - 1}" if at + 1 < len(AGE_BANDS) else f"{AGE_BANDS[at]}+"
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+def figures_of(answers: Answers, rows: Tensor, classes: tuple[str, ...]) -> dict:
+    """Accuracy with its 95 % interval, per-class figures, confusion matrix of some pictures: rows (n,) bool."""
+    confusion = confusion_matrix(answers.labels[rows], answers.predictions()[rows], len(classes))
+    figures = class_figures(confusion)
+    figures["per_class"] = dict(zip(classes, figures["per_class"], strict=True))
+    interval = wilson_interval(int(confusion.diagonal().sum()), figures["n"])
+    return {"accuracy": figures.pop("accuracy"), "accuracy_ci95": list(interval), **figures,
+            "confusion_matrix": confusion.tolist()}
+
+
+def calibration_figures(probs: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict:
+    """Calibration errors (15 equal-mass bins), NLL and Brier score, over all and per class, with the bins drawn.
+
+    Over all, the stated confidence is held against being right. Per class, `ece` holds p_class against being of that
+    class, over all pictures; `ece_predicted` the confidence against being right, over those predicted so; `nll` and
+    `brier` are means over the pictures of the class.
+    """
+    confidence, predictions = probs.max(1)
+    nll, brier = proper_scores(probs, labels)
+    bins = reliability_bins(confidence, predictions == labels)
+    figures = dict(zip(("ece", "ece_debiased"), calibration_error(bins), strict=True))
+    figures |= {"nll": nll.mean().item(), "brier": brier.mean().item(), "bins": bins.tolist(), "per_class": {}}
+    for c, name in enumerate(classes):
+        of_class, so_predicted = labels == c, predictions == c
+        bins = reliability_bins(probs[:, c], of_class)
+        predicted = calibration_error(reliability_bins(confidence[so_predicted], of_class[so_predicted]))
+        ece, debiased = calibration_error(bins)
+        some = of_class.sum().clamp(min=1)
+        figures["per_class"][name] = {
+            "ece": ece, "ece_debiased": debiased, "ece_predicted": predicted[0],
+            "ece_predicted_debiased": predicted[1], "nll": (nll[of_class].sum() / some).item(),
+            "brier": (brier[of_class].sum() / some).item(), "bins": bins.tolist()}
+    return figures
+
+
+def risk_figures(probs: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict:
+    """Risk-coverage curves, over all and for the pictures of each class: area, and error at each percent answered."""
+    confidence, predictions = probs.max(1)
+    curves = {}
+    for c, name in enumerate(("all", *classes), start=-1):
+        rows = torch.ones_like(labels, dtype=torch.bool) if c < 0 else labels == c
+        risk = risk_coverage(confidence[rows], predictions[rows] == labels[rows])
+        at = [max(1, round(len(risk) * percent / 100)) - 1 for percent in range(1, 101)] if len(risk) else []
+        curves[name] = {"n": len(risk), "area": risk.mean().item() if len(risk) else 0.0, "risk": risk[at].tolist()}
+    return curves
+
+
+def abstention_figures(answers: Answers, calibration: Calibration, classes: tuple[str, ...],
+                       args) -> tuple[dict, Tensor]:
+    """What the validation's thresholds and prediction sets do here, over all and per class; who is answered (n,) bool.
+
+    A predicted label is answered where its confidence reaches its class's threshold for --target_error. Per class of
+    the data set: the share left unanswered, the error of the answered, how often the --alpha set holds the label.
+    """
+    confidence, predictions = answers.probs.max(1)
+    thresholds = class_thresholds(calibration, args.target_error)
+    answered = confidence >= thresholds[predictions]
+    sets = conformal_sets(answers.probs, calibration, args.alpha)
+    covered = sets.gather(1, answers.labels[:, None]).squeeze(1)
+    figures = {"target_error": args.target_error, "alpha": args.alpha, "per_class": {},
+               "thresholds": {name: value if value <= 1 else None
+                              for name, value in zip(classes, thresholds.tolist(), strict=True)}}
+    for c, name in enumerate(("all", *classes), start=-1):
+        rows = torch.ones_like(answered) if c < 0 else answers.labels == c
+        n, n_answered = int(rows.sum()), int((rows & answered).sum())
+        wrong = int((rows & answered & ~answers.correct()).sum())
+        row = {"n": n, "abstained": (n - n_answered) / max(n, 1), "error_of_answered": wrong / max(n_answered, 1),
+               "set_coverage": int((rows & covered).sum()) / max(n, 1),
+               "mean_set_size": sets[rows].sum().item() / max(n, 1)}
+        (figures if c < 0 else figures["per_class"].setdefault(name, {})).update(row)
+    return figures, answered
+
+
+def subgroup_figures(answers: Answers, answered: Tensor, manifest: dict, classes: tuple[str, ...]) -> list[dict]:
+    """A row for each class x gender x age band: n, accuracy with its interval, mean confidence, share not answered."""
+    confidence, correct = answers.probs.max(1).values, answers.correct()
+    members: dict[tuple, list[int]] = {}
+    for row, (file, label) in enumerate(zip(answers.files, answers.labels.tolist(), strict=True)):
+        person = manifest[file]
+        key = (label, GENDERS.get(person["gender"], person["gender"]), age_band(int(person["age"])))
+        members.setdefault(key, []).append(row)
+    table = []
+    for (label, gender, band), rows in sorted(members.items()):
+        right = int(correct[rows].sum())
+        table.append({"class": classes[label], "gender": gender, "age_band": band, "n": len(rows),
+                      "accuracy": right / len(rows), "accuracy_ci95": list(wilson_interval(right, len(rows))),
+                      "confidence": confidence[rows].mean().item(),
+                      "abstained": (~answered[rows]).double().mean().item()})
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
+def draw_confusion(confusion: np.ndarray, classes: tuple[str, ...], title: str, percentage: bool, path: Path) -> None:
+    """Confusion matrix (C, C) as counts, or row by row as percentages of the pictures labelled so."""
+    share = confusion / confusion.sum(1, keepdims=True).clip(min=1)
+    figure = Figure(figsize=(1.6 + 1.15 * len(classes), 1.5 + 1.05 * len(classes)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(confusion.shape):
+        text = f"{100 * share[row, column]:.1f} %" if percentage else f"{confusion[row, column]:,}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=11,
+                  color="white" if share[row, column] > 0.5 else "black")
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), [f"{name}\nn = {n:,}" for name, n in zip(classes, confusion.sum(1),
+                                                                                 strict=True)])
+    axes.set_xlabel("predicted label")
+    axes.set_ylabel("label in the data set")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def draw_bins(axes: Axes, bins: list, colour: str, label: str) -> None:
+    """One curve of a reliability diagram, from reliability_bins."""
+    stated, seen, _ = zip(*bins, strict=True) if bins else ((), (), ())
+    axes.plot(stated, seen, "o-", color=colour, markersize=3.5, linewidth=1, label=label)
+
+
+def draw_reliability(calibration: dict, classes: tuple[str, ...], title: str, path: Path) -> None:
+    """Stated against observed probability before and after calibration, over all and per class."""
+    figure = Figure(figsize=(3.1 * (len(classes) + 1), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(classes) + 1, sharey=True)
+    for axes, name in zip(panels, ("all", *classes), strict=True):
+        axes.plot((0, 1), (0, 1), color="black", linewidth=0.6)
+        for state, colour in (("before", BEFORE), ("after", AFTER)):
+            if state in calibration:
+                figures = calibration[state] if name == "all" else calibration[state]["per_class"][name]
+                draw_bins(axes, figures["bins"], colour, f"{state}: ECE {100 * figures['ece_debiased']:.1f} %")
+        axes.set_title("predicted label" if name == "all" else name, fontsize=10)
+        axes.set_xlabel("stated confidence" if name == "all" else f"stated p({name})")
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
+        axes.legend(fontsize=8, loc="upper left", frameon=False)
+    panels[0].set_ylabel("observed share")
+    figure.suptitle(f"{title}\n15 bins of equal mass; ECE debiased", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def draw_risk(curves: dict, title: str, path: Path) -> None:
+    """Error of the answered pictures over the share answered, most confident first, over all and per class."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(range(1, 1 + len(curve["risk"])), [100 * risk for risk in curve["risk"]],
+                  color="black" if name == "all" else None, linewidth=2 if name == "all" else 1.2,
+                  label=f"{name}: area {100 * curve['area']:.2f} %")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("pictures answered, most confident first (%)")
+    axes.set_ylabel("error among the answered (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="label in the data set", fontsize=8)
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def draw_subgroups(table: list[dict], classes: tuple[str, ...], title: str, path: Path) -> None:
+    """Accuracy of class x age band, a panel for each gender, with 95 % intervals and counts."""
+    bands = [age_band(low) for low in AGE_BANDS]
+    genders = sorted({row["gender"] for row in table}, reverse=True)
+    figure = Figure(figsize=(1.2 + 6.2 * len(genders), 1.6 + 0.95 * len(classes)), layout="constrained")
+    for axes, gender in zip(figure.subplots(1, len(genders), squeeze=False)[0], genders, strict=True):
+        shown = np.full((len(classes), len(bands)), np.nan)
+        for row in (row for row in table if row["gender"] == gender):
+            at = classes.index(row["class"]), bands.index(row["age_band"])
+            shown[at] = row["accuracy"]
+            low, high = (100 * end for end in row["accuracy_ci95"])
+            axes.text(at[1], at[0], f"{100 * row['accuracy']:.0f} %\n{low:.0f} to {high:.0f}\nn = {row['n']}",
+                      ha="center", va="center", fontsize=8, color="white" if row["accuracy"] > 0.85 else "black")
+        axes.imshow(shown, cmap="Blues", vmin=0.4, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(bands)), bands)
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xlabel("age in the data set (years)")
+        axes.set_title(gender, fontsize=10)
+    figure.suptitle(f"{title}\naccuracy, its 95 % interval, pictures", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+def calibrate(parser: cli.Parser, answers: Answers, checkpoint: Checkpoint, args) -> Answers:
+    """Fits the calibration to validation pictures, into the checkpoint; the answers with the new probabilities."""
+    try:
+        checkpoint.calibration = fit_calibration(answers.logits, answers.labels)
+        save_checkpoint(args.ckpt, checkpoint)
+    except (ValueError, OSError) as error:
+        parser.error(f"--calibrate: {error}")
+    bias = ", ".join(f"{name} {value:+.3f}" for name, value in zip(checkpoint.spec.classes, checkpoint.calibration.bias,
+                                                                   strict=True))
+    print(f"Calibration on {len(answers.labels)} pictures: temperature {checkpoint.calibration.temperature:.3f}, "
+          f"bias {bias}; written to {args.ckpt}")
+    return replace(answers, probs=checkpoint.probs(answers.logits))
+
+
+def measure(answers: Answers, checkpoint: Checkpoint, manifest: dict, args) -> dict:
+    """Every figure of the report, as test_metrics.json holds it."""
+    classes = checkpoint.spec.classes
+    found = torch.tensor([how != "template" for how in answers.aligned_by])
+    everyone = torch.ones_like(found)
+    figures = {"data": Path(args.data).resolve().name, "split": args.split, "checkpoint": Path(args.ckpt).name,
+               "classes": list(classes), "flip": args.flip, **figures_of(answers, everyone, classes),
+               "unreadable": answers.unreadable, "with_detected_face": figures_of(answers, found, classes),
+               "without_detected_face": figures_of(answers, ~found, classes)}
+    if manifest:
+        figures["without_twin"] = figures_of(answers, without_twin(answers.files, manifest), classes)
+    figures["calibration"] = {"before": calibration_figures(answers.logits.softmax(1), answers.labels, classes)}
+    answered = everyone
+    if checkpoint.calibration:
+        figures["calibration"]["after"] = calibration_figures(answers.probs, answers.labels, classes)
+        figures["abstention"], answered = abstention_figures(answers, checkpoint.calibration, classes, args)
+    figures["risk_coverage"] = risk_figures(answers.probs, answers.labels, classes)
+    if manifest:
+        figures["age_gender"] = subgroup_figures(answers, answered, manifest, classes)
+    return figures
+
+
+def compare_112(answers: Answers, small: Answers, classes: tuple[str, ...]) -> dict:
+    """Figures through finished 112 x 112 crops, and the p that they err as often as straight from the source."""
+    figures = figures_of(small, torch.ones_like(small.labels, dtype=torch.bool), classes)
+    return figures | {"mcnemar_p": mcnemar_exact(answers.correct(), small.correct())}
+
+
+def percent(figures: dict) -> str:
+    """'88.26 % (95 % interval 87.28 to 89.18) of 4,404'."""
+    low, high = (100 * end for end in figures["accuracy_ci95"])
+    return f"{100 * figures['accuracy']:.2f} % (95 % interval {low:.2f} to {high:.2f}) of {figures['n']:,}"
+
+
+def print_report(figures: dict, set_name: str) -> None:
+    """The figures, readable; the first line in the published form."""
+    print(f"Accuracy of the model on the {set_name} set: {100 * figures['accuracy']:.3f} %")
+    print(f"  all pictures              {percent(figures)}")
+    print(f"  with a detected face      {percent(figures['with_detected_face'])}; "
+          f"{figures['without_detected_face']['n']:,} aligned by mean landmarks")
+    if "without_twin" in figures:
+        print(f"  no twin in another split  {percent(figures['without_twin'])}")
+    if "through_112" in figures:
+        print(f"  through 112 x 112 crops   {percent(figures['through_112'])}; "
+              f"McNemar p {figures['through_112']['mcnemar_p']:.3g}")
+    print(f"  balanced accuracy {100 * figures['balanced_accuracy']:.2f} %, macro-F1 {100 * figures['macro_f1']:.2f} %")
+    if figures["unreadable"]:
+        print(f"  {len(figures['unreadable'])} unreadable, left out; the first: {figures['unreadable'][0]}")
+    width = max(map(len, figures["classes"])) + 2
+    print(f"\n{'':{width}}precision   recall       F1        n")
+    for name, row in figures["per_class"].items():
+        cells = "".join(f"{100 * row[key]:7.2f} %" for key in ("precision", "recall", "f1"))
+        print(f"{name:{width}}{cells}{row['n']:9,}")
+    print_confidence(figures)
+
+
+def print_confidence(figures: dict) -> None:
+    """Calibration before and after; abstention and prediction sets per class, where the checkpoint is calibrated."""
+    print()
+    for state, scores in figures["calibration"].items():
+        per_class = ", ".join(f"{name} {100 * row['ece_debiased']:.1f}" for name, row in scores["per_class"].items())
+        print(f"{state:7}calibration: ECE {100 * scores['ece_debiased']:.2f} % ({per_class}), "
+              f"NLL {scores['nll']:.4f}, Brier {scores['brier']:.4f}")
+    if "abstention" not in figures:
+        print("The checkpoint holds no calibration: evaluate.py --calibrate writes one")
+        return
+    abstention = figures["abstention"]
+    print(f"Unanswered where {100 * abstention['target_error']:g} % error is allowed, error of the answered, coverage "
+          f"and size of the {100 - 100 * abstention['alpha']:g} % prediction sets:")
+    for name, row in (("all", abstention), *abstention["per_class"].items()):
+        print(f"  {name:{max(map(len, figures['classes'])) + 2}}{100 * row['abstained']:5.1f} %"
+              f"{100 * row['error_of_answered']:8.2f} %{100 * row['set_coverage']:8.1f} %{row['mean_set_size']:8.2f}")
+
+
+def write_report(figures: dict, folder: Path, name: str) -> None:
+    """All files of the report; says so where they replace figures of another set or checkpoint."""
+    path, classes = folder / f"{name}_metrics.json", tuple(figures["classes"])
+    low, high = (100 * end for end in figures["accuracy_ci95"])
+    title = (f"{figures['data']} {figures['split']}: {figures['n']:,} pictures, "
+             f"accuracy {100 * figures['accuracy']:.2f} % ({low:.2f} to {high:.2f})")
+    confusion = np.array(figures["confusion_matrix"])
+    draw_confusion(confusion, classes, title, False, folder / f"{name}_confusion_matrix.png")
+    draw_confusion(confusion, classes, title, True, folder / f"{name}_confusion_matrix_percentage.png")
+    draw_reliability(figures["calibration"], classes, title, folder / f"{name}_reliability.png")
+    draw_risk(figures["risk_coverage"], title, folder / f"{name}_risk_coverage.png")
+    if "age_gender" in figures:
+        draw_subgroups(figures["age_gender"], classes, title, folder / f"{name}_age_gender.png")
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if any(before.get(key) != figures[key] for key in ("data", "split", "checkpoint")):
+            print(f"Replaced the {name} figures of {before.get('data')} with {before.get('checkpoint')}; "
+                  "--name keeps both")
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def read_probs(path: str, classes: tuple[str, ...]) -> np.ndarray:
+    """Probabilities (n, C) of the faces in a predictions.csv of infer.py. Raises ValueError where it is none."""
+    try:
+        rows = [[row[f"p_{name}"] for name in classes] for row in read_predictions(path) if row["status"] == "ok"]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(classes))
+    except KeyError as error:
+        raise ValueError(f"it has no column {error.args[0]}: another checkpoint made it") from None
+
+
+def report_shares(parser: cli.Parser, args, checkpoint: Checkpoint, folder: Path) -> None:
+    """Estimated share of each class among the faces of a predictions.csv, as infer.py prints and writes them."""
+    if not checkpoint.calibration:
+        parser.error(f"--ckpt {args.ckpt}: holds no calibration, so how it errs is unknown; --calibrate writes one")
+    classes, calibration = checkpoint.spec.classes, checkpoint.calibration
+    try:
+        report = estimate_shares(read_probs(args.shares, classes), calibration.val_probs.numpy(),
+                                 calibration.val_labels.numpy())
+    except (ValueError, OSError) as error:
+        parser.error(f"--shares {args.shares}: {error}")
+    print(format_shares(report, classes))
+    (folder / "shares.json").write_text(json.dumps({"classes": classes, "all": report}, indent=1) + "\n",
+                                        encoding="utf-8")
+    draw_shares({"all": report}, classes, folder / "shares.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads checkpoint and pictures, classifies, reports."""
+    parser, args = parse_args(argv)
+    checkpoint = open_checkpoint(parser, args)
+    classes = checkpoint.spec.classes
+    folder = cli.output_folder(parser, "--out_dir", args.out_dir)
+    if args.shares:
+        report_shares(parser, args, checkpoint, folder)
+        return
+    faces = open_faceset(parser, args, classes)
+    manifest = read_manifest(args.data, faces.files)
+    answers = classify(faces, checkpoint, args)
+    if not answers.files:
+        parser.error(f"--data {args.data}: not one picture can be read; the first: {answers.unreadable[0]}")
+    answers = with_manifest(answers, manifest)
+    if args.calibrate:
+        answers = calibrate(parser, answers, checkpoint, args)
+    figures = measure(answers, checkpoint, manifest, args)
+    if args.through_112:
+        figures["through_112"] = compare_112(answers, classify(faces, checkpoint, args, through_112=True), classes)
+    print_report(figures, args.split if (Path(args.data) / args.split).is_dir() else args.name)
+    write_report(figures, folder, args.name)
+    if args.save_probs:
+        np.savez_compressed(folder / f"{args.name}_probs.npz", files=np.array(answers.files),
+                            labels=answers.labels.numpy(), logits=answers.logits.numpy(),
+                            probs=answers.probs.numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,485 @@
+"""Predicted labels, and group shares, for a folder of photographs, a list of them, or tar shards.
+
+    python infer.py --input_dir photos --output_dir out --visualize
+    torchrun --nproc_per_node=4 infer.py --input_dir 'shards/*.tar' --output_dir out --resume
+
+Reads a checkpoint of train.py and every picture of the input. Writes into the output folder predictions.csv (a row for
+each face, and for each picture without one the reason), pred_ethnicities.txt, shares.json and shares.png (estimated
+shares of the classes among all faces, with 95 % intervals), and with --visualize grids of the faces 0.jpg, 1.jpg, ...
+"""
+import csv
+import itertools
+import json
+import shutil
+import time
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models import cli
+from models.align import TEMPLATE_SIZE
+from models.calibration import class_thresholds, conformal_sets
+from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from models.faceset import FaceSet, FaceSetError, read_faceset
+from models.images import InputError, PhotoIndex, index_photos
+from models.mtcnn import MTCNN
+from models.pipeline import (
+    STATUSES,
+    Labeller,
+    Row,
+    Settings,
+    chunk_size,
+    classify_files,
+    columns,
+    csv_line,
+    decode_workers,
+    read_predictions,
+)
+from models.ranks import (
+    from_first,
+    leave_distributed,
+    local_share,
+    merge_parts,
+    moved_in,
+    my_part,
+    start_distributed,
+    wait_for_all,
+)
+from models.shares import draw_shares, estimate_shares, format_shares
+
+CKPT = "checkpoints/resnet18_utk.pt"
+UNCERTAIN = "uncertain"
+PARTS = "infer_parts"               # folder of an unfinished run, in the output folder
+FEWEST_FACES = 20                   # below, intervals of shares say nothing and drawing them takes longest of all
+CROP_BYTES = 3 * TEMPLATE_SIZE * TEMPLATE_SIZE
+
+
+def build_parser() -> cli.Parser:
+    """All flags and their defaults."""
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--input_dir", nargs="+", metavar="DIR", help="folder of pictures, searched to the bottom, or .tar shards")
+    add("--in_list", metavar="FILE", help="list of pictures, one path a line, relative to --input_dir if given")
+    add("--output_dir", required=True, metavar="DIR", help="where the results go")
+    add("--ckpt", default=CKPT, metavar="FILE", help="checkpoint of train.py (%(default)s)")
+    add("--align", choices=("auto", "always", "never"), default="auto",
+        help="auto: pictures of exactly 112 x 112 are finished crops; never: all are, at any resolution (%(default)s)")
+    add("--faces", choices=("largest", "all"), default="largest", help="faces labelled in a picture (%(default)s)")
+    add("--min_face_size", type=cli.positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
+    add("--max_side", type=cli.positive_int, default=3000, metavar="PX",
+        help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
+    add("--flip", action="store_true", help="average each face with its mirror image: slower, a little more accurate")
+    doubt = parser.add_mutually_exclusive_group()
+    doubt.add_argument("--min_confidence", type=cli.fraction, metavar="P", help=f"below it a face is '{UNCERTAIN}'")
+    doubt.add_argument("--target_error", type=cli.fraction, metavar="E",
+                       help="share of wrong answers allowed in each predicted class, judged on validation faces")
+    add("--alpha", type=cli.fraction, default=0.1, metavar="A",
+        help="column `set` misses the true class in this share of the faces of every class (%(default)s)")
+    add("--by", metavar="WHAT", help="shares per group too: `folder` (first level), or FILE.csv with the columns file "
+        "and one more; FILE.csv:COLUMN chooses among several")
+    add("--reference", metavar="DIR", help="class folders of labelled pictures like yours, from which shares learn how "
+        "the classifier errs, in place of the checkpoint's validation faces")
+    add("--visualize", action="store_true", help="draw grids of the faces with their predicted labels")
+    add("--n_vis_samples_per_pic", type=cli.positive_int, default=40, metavar="N", help="faces a grid (%(default)s)")
+    add("--n_vis_rows_per_pic", type=cli.positive_int, default=5, metavar="N", help="rows of a grid (%(default)s)")
+    add("--figsize_h", type=cli.positive_float, default=20, metavar="INCH", help="height of a grid (%(default)s)")
+    add("--figsize_w", type=cli.positive_float, default=20, metavar="INCH", help="width of a grid (%(default)s)")
+    add("--batch_size", type=cli.positive_int, metavar="N", help="views a call of the network (CPU 64, CUDA 256)")
+    add("--num_workers", type=cli.natural_int, metavar="N", help="decoding processes (chosen by cores and list)")
+    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    found = parser.add_mutually_exclusive_group()
+    found.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    found.add_argument("--resume", action="store_true", help="finish an interrupted run, keeping its finished parts")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    rank, world_size, device = start_distributed(args.device)
+    checkpoint = read_checkpoint(parser, args)
+    reference = read_reference(parser, args, checkpoint)
+    run = open_run(parser, args, rank)
+    settings = choose_settings(args, run, device)
+    labeller, detector = load_networks(checkpoint, settings, args.min_face_size, device)
+    started, todo = time.perf_counter(), [run.todo[i] for i in my_part(len(run.todo), rank, world_size)]
+    label_part(run, todo, labeller, detector, settings, args, show=rank == 0)
+    wait_for_all()
+    seconds = time.perf_counter() - started
+    if args.visualize:
+        draw_grids(run, args, checkpoint.spec.classes, rank, world_size)
+        wait_for_all()
+    if rank == 0:
+        merge_run(run, args, checkpoint.spec.classes)
+        tally = read_back(parser, args, checkpoint.spec.classes)
+        print_summary(tally, run.n_files(run.todo), seconds, checkpoint.spec.classes)
+        model = error_model(checkpoint, reference, labeller, detector, settings)
+        report_shares(tally, model, args, checkpoint.spec.classes)
+        shutil.rmtree(run.folder)
+    wait_for_all()
+    leave_distributed()
+
+
+# ------------------------------------------------------------------------------------------------- before anything runs
+def check_flags(parser: cli.Parser, args) -> None:
+    """The one-line errors that can be told from the flags and the output folder alone."""
+    if not args.input_dir and not args.in_list:
+        parser.error("--input_dir or --in_list is needed")
+    if args.n_vis_samples_per_pic % args.n_vis_rows_per_pic:
+        parser.error(f"--n_vis_rows_per_pic {args.n_vis_rows_per_pic} must divide "
+                     f"--n_vis_samples_per_pic {args.n_vis_samples_per_pic}")
+    if args.by and args.by != "folder":
+        read_groups(parser, args.by)
+    out = args.output_dir = cli.output_folder(parser, "--output_dir", args.output_dir)
+    if args.visualize and args.input_dir and out.resolve().is_relative_to(Path(args.input_dir[0]).resolve()):
+        parser.error("--output_dir lies in --input_dir, where its grids would count as pictures")
+    if args.resume:
+        if not (out / PARTS).exists() and (out / "predictions.csv").exists():
+            parser.exit(0, f"{out / 'predictions.csv'} is finished: nothing to resume\n")
+        return
+    grids = [path for path in out.glob("*.jpg") if path.stem.isdecimal()] if args.visualize else []
+    cli.refuse_existing(parser, "--output_dir", [out / "predictions.csv", out / "pred_ethnicities.txt",
+                                                 out / "shares.json", out / "shares.png", *grids], args.overwrite)
+
+
+def read_groups(parser: cli.Parser, text: str) -> dict[str, str]:
+    """File -> group from the CSV of --by."""
+    path, _, column = text.partition(".csv:")
+    path += ".csv" if column else ""
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            others = [name for name in reader.fieldnames or () if name != "file"]
+            column = column or (others[0] if len(others) == 1 else "")
+            if column not in others or "file" not in reader.fieldnames:
+                parser.error(f"--by {text}: wants the columns file and one more (FILE.csv:COLUMN chooses), "
+                             f"has {', '.join(reader.fieldnames or ()) or 'none'}")
+            return {row["file"]: row[column] for row in reader}
+    except OSError as error:
+        parser.error(f"--by {text}: wants `folder` or a CSV that can be read ({error.strerror})")
+
+
+def read_checkpoint(parser: cli.Parser, args) -> Checkpoint:
+    """The checkpoint, with all that the flags ask of it."""
+    try:
+        checkpoint = load_checkpoint(args.ckpt)
+    except CheckpointError as error:
+        parser.error(f"--ckpt {args.ckpt}: {error}")
+    if args.target_error is not None and checkpoint.calibration is None:
+        parser.error(f"--target_error: {args.ckpt} is not calibrated (evaluate.py --calibrate does it)")
+    return checkpoint
+
+
+def read_reference(parser: cli.Parser, args, checkpoint: Checkpoint) -> FaceSet | None:
+    """The labelled pictures of --reference, every class among them."""
+    if not args.reference:
+        return None
+    try:
+        reference = read_faceset(args.reference, classes=checkpoint.spec.classes)
+    except FaceSetError as error:
+        parser.error(f"--reference {error}")
+    missing = set(range(len(reference.classes))) - set(reference.labels.tolist())
+    if missing:
+        parser.error(f"--reference {args.reference}: no picture of {reference.classes[min(missing)]}")
+    return reference
+
+
+# -------------------------------------------------------------------------------------------- a run and its finished parts
+@dataclass
+class Run:
+    """A run whose finished chunks lie in a folder of parts: <chunk>.csv (rows), .txt (lines) and .crops (raw RGB)."""
+    folder: Path
+    photos: PhotoIndex
+    todo: list[int]                 # chunks without a part, when the run was opened
+
+    def part(self, chunk: int, kind: str) -> Path:
+        """File of a chunk's rows (csv), lines (txt) or crops (crops)."""
+        return self.folder / f"{chunk:06d}.{kind}"
+
+    def n_chunks(self) -> int:
+        """Chunks of the whole list."""
+        return -(-len(self.photos) // chunk_size(len(self.photos)))
+
+    def n_files(self, chunks: list[int]) -> int:
+        """Pictures in some chunks."""
+        size = chunk_size(len(self.photos))
+        return sum(min(size, len(self.photos) - chunk * size) for chunk in chunks)
+
+
+class RunError(Exception):
+    """Why a run cannot be begun or resumed, in a line that names the flag."""
+
+
+def open_run(parser: cli.Parser, args, rank: int) -> Run:
+    """The run of these flags, new or resumed: rank 0 lists the pictures and the open chunks, all ranks agree on them."""
+    todo, problem = None, ""
+    if rank == 0:
+        try:
+            todo = prepare_run(args)
+        except InputError as error:
+            problem = f"{'--in_list' if args.in_list else '--input_dir'} {error}"
+        except RunError as error:
+            problem = str(error)
+    todo, problem = from_first((todo, problem))
+    if problem:
+        parser.error(problem) if rank == 0 else parser.exit(2)
+    folder = args.output_dir / PARTS
+    return Run(folder, PhotoIndex(folder), todo)
+
+
+def prepare_run(args) -> list[int]:
+    """Makes the folder of parts with the index of all pictures, or finds it; the chunks still to be done.
+
+    Raises InputError or RunError; a folder made for nothing is gone then.
+    """
+    folder, asked = args.output_dir / PARTS, run_flags(args)
+    if args.resume and (folder / "run.json").exists():
+        begun = json.loads((folder / "run.json").read_text())
+        if differing := [name for name in asked if begun.get(name) != asked[name]]:
+            raise RunError(f"--resume: the run in {folder} was begun with another --{differing[0]} "
+                           f"({begun.get(differing[0])}, now {asked[differing[0]]})")
+    else:
+        if folder.exists() and not (args.overwrite or args.resume):
+            raise RunError(f"--output_dir: {folder} holds an unfinished run; --resume finishes it, "
+                           "--overwrite begins anew")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            index_photos(folder, args.input_dir, args.in_list)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        (folder / "run.json").write_text(json.dumps(asked))
+    run = Run(folder, PhotoIndex(folder), [])
+    return [chunk for chunk in range(run.n_chunks()) if not run.part(chunk, "csv").exists()]
+
+
+def run_flags(args) -> dict:
+    """All that decides what a part holds; a run is resumed with the same only."""
+    names = ("input_dir", "in_list", "align", "faces", "min_face_size", "max_side", "flip", "min_confidence",
+             "target_error", "alpha", "visualize", "batch_size")
+    return {name: getattr(args, name) for name in names} | {"ckpt": zlib.crc32(Path(args.ckpt).read_bytes())}
+
+
+def choose_settings(args, run: Run, device: torch.device) -> Settings:
+    """The flags with what they leave open chosen for this machine and list."""
+    workers = args.num_workers
+    if workers is None:
+        workers = decode_workers(run.n_files(run.todo), local_share(cli.worker_count()), device)
+    batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
+    return Settings(args.align, args.faces, args.flip, batch_size, workers, args.max_side, args.visualize)
+
+
+def load_networks(checkpoint: Checkpoint, settings: Settings, min_face_size: float,
+                  device: torch.device) -> tuple[Labeller, MTCNN | None]:
+    """Classifier and, unless all pictures are finished crops, detector."""
+    detector = None if settings.align == "never" else MTCNN(min_face_size=min_face_size).to(device)
+    return Labeller(checkpoint, device), detector
+
+
+# ------------------------------------------------------------------------------------------------------ files to parts
+def label_part(run: Run, todo: list[int], labeller: Labeller, detector: MTCNN | None, settings: Settings, args,
+               show: bool) -> None:
+    """Writes the parts of some chunks, each when it is done."""
+    least = least_confidence(labeller.checkpoint, args)
+    with tqdm(total=run.n_files(todo), unit=" pictures", disable=not show, smoothing=0.05) as bar:
+        for chunk, rows in classify_files(run.photos, labeller, detector, settings, todo) if todo else ():
+            labels, sets = decide(rows, labeller.checkpoint, least, args.alpha)
+            write_part(run, chunk, rows, labels, sets, len(least), many=args.faces == "all")
+            bar.update(run.n_files([chunk]))
+
+
+def least_confidence(checkpoint: Checkpoint, args) -> torch.Tensor:
+    """Confidence (C,) that each predicted class needs to be answered."""
+    if args.target_error is not None:
+        return class_thresholds(checkpoint.calibration, args.target_error)
+    return torch.full((len(checkpoint.spec.classes),), args.min_confidence or 0.0)
+
+
+def decide(rows: list[Row], checkpoint: Checkpoint, least: torch.Tensor, alpha: float) -> tuple[list[str], list[str]]:
+    """Answer and prediction set of every row, both '' where there is no face; the set so too without calibration."""
+    names = [label_name(name) for name in checkpoint.spec.classes]
+    probs = [row.probs for row in rows if row.status == "ok"]
+    probs = torch.stack(probs) if probs else torch.zeros(0, len(names))
+    confidence, predicted = probs.max(1)
+    sure = (confidence >= least[predicted]).tolist()
+    answers = iter([names[c] if known else UNCERTAIN for c, known in zip(predicted.tolist(), sure, strict=True)])
+    inside = torch.zeros_like(probs, dtype=torch.bool)
+    if checkpoint.calibration:
+        inside = conformal_sets(probs, checkpoint.calibration, alpha)
+    sets = iter(["|".join(itertools.compress(names, members)) for members in inside.tolist()])
+    return ([next(answers) if row.status == "ok" else "" for row in rows],
+            [next(sets) if row.status == "ok" else "" for row in rows])
+
+
+def label_name(name: str) -> str:
+    """A class name as it stands in the results: never with a space, so that the last space of a line divides it."""
+    return "_".join(name.split())
+
+
+def write_part(run: Run, chunk: int, rows: list[Row], labels: list[str], sets: list[str], n_classes: int,
+               many: bool) -> None:
+    """Writes what a chunk adds to each result, the table's rows last: where they lie, the chunk is done."""
+    names = [run.photos.name(row.position) for row in rows]
+    lines = [text_line(f"{name}_{row.face}" if many else name, label)
+             for name, row, label in zip(names, rows, labels, strict=True) if row.status == "ok"]
+    table = [csv_line(*cells, n_classes) for cells in zip(names, rows, labels, sets, strict=True)]
+    crops = [row.crop.numpy().tobytes() for row in rows if row.crop is not None]
+    for kind, content in (("crops", b"".join(crops)), ("txt", encoded(lines)), ("csv", encoded(table))):
+        if content or kind == "csv":
+            with moved_in(run.part(chunk, kind)) as beside:
+                beside.write_bytes(content)
+
+
+def text_line(name: str, label: str) -> str:
+    """A line of pred_ethnicities.txt; line ends in a file name are written \\n and \\r."""
+    return "{} {}\n".format(name.replace("\n", "\\n").replace("\r", "\\r"), label)
+
+
+def encoded(lines: list[str]) -> bytes:
+    """Lines as bytes; those of a file name that are no UTF-8 come back as they were."""
+    return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+# ---------------------------------------------------------------------------------------------------- parts to results
+def draw_grids(run: Run, args, classes: tuple[str, ...], rank: int, world_size: int) -> None:
+    """Grids of the labelled faces, the last with what is left; the ranks take turns, one grid in memory each."""
+    shown, count = shown_faces(run, classes), 0
+    while faces := list(itertools.islice(shown, args.n_vis_samples_per_pic)):
+        if count % world_size == rank:
+            draw_grid(faces, args, args.output_dir / f"{count}.jpg")
+        count += 1
+    if rank == 0 and args.overwrite:
+        while (old := args.output_dir / f"{count}.jpg").exists():
+            old.unlink()
+            count += 1
+
+
+def shown_faces(run: Run, classes: tuple[str, ...]) -> Iterator[tuple[np.ndarray, str, float]]:
+    """Crop (112, 112, 3) uint8, answer and confidence of every face, in the order of the results."""
+    for chunk in range(run.n_chunks()):
+        faces = [row for row in read_predictions(run.part(chunk, "csv"), columns(classes)) if row["status"] == "ok"]
+        if not faces:
+            continue
+        with open(run.part(chunk, "crops"), "rb") as file:
+            for row in faces:
+                crop = np.frombuffer(file.read(CROP_BYTES), np.uint8).reshape(3, TEMPLATE_SIZE, TEMPLATE_SIZE)
+                yield crop.transpose(1, 2, 0), row["ethnicity"], float(row["confidence"])
+
+
+def draw_grid(faces: list[tuple[np.ndarray, str, float]], args, path: Path) -> None:
+    """One picture of up to n_vis_samples_per_pic crops under their answers and confidences."""
+    from matplotlib.figure import Figure                    # a second to import, and only grids need it
+    figure = Figure(figsize=(args.figsize_w, args.figsize_h), layout="tight")
+    n_rows = args.n_vis_rows_per_pic
+    panels = figure.subplots(n_rows, args.n_vis_samples_per_pic // n_rows, squeeze=False).flatten()
+    for panel in panels:
+        panel.axis("off")
+    for panel, (crop, label, confidence) in zip(panels, faces, strict=False):
+        panel.imshow(crop)
+        panel.set_title(f"{label} {confidence:.0%}")
+    with moved_in(path) as beside:
+        figure.savefig(beside, format="jpg")
+
+
+def merge_run(run: Run, args, classes: tuple[str, ...]) -> None:
+    """predictions.csv and pred_ethnicities.txt from the parts, in the order of the list."""
+    chunks = range(run.n_chunks())
+    lines = [path for path in (run.part(chunk, "txt") for chunk in chunks) if path.exists()]
+    merge_parts(lines, args.output_dir / "pred_ethnicities.txt")
+    head = encoded([",".join(columns(classes)) + "\n"])
+    merge_parts([run.part(chunk, "csv") for chunk in chunks], args.output_dir / "predictions.csv", head)
+
+
+@dataclass
+class Tally:
+    """What the finished predictions.csv holds. probs (n, C) float32 and groups (n,) int32 are those of the n faces."""
+    statuses: Counter
+    labels: Counter
+    probs: np.ndarray
+    groups: np.ndarray              # position in group_names, -1 for a file of none
+    group_names: list[str]
+
+
+def read_back(parser: cli.Parser, args, classes: tuple[str, ...]) -> Tally:
+    """Counts, and the probabilities of all faces as one array, by one pass over predictions.csv."""
+    listed = read_groups(parser, args.by) if args.by and args.by != "folder" else None
+    statuses, labels, probs, groups, names = Counter(), Counter(), array("f"), array("i"), {}
+    keys = columns(classes)[5:5 + len(classes)]
+    for row in read_predictions(args.output_dir / "predictions.csv"):
+        statuses[row["status"]] += 1
+        if row["status"] != "ok":
+            continue
+        labels[row["ethnicity"]] += 1
+        probs.extend(float(row[key]) for key in keys)
+        if args.by:
+            folder, slash, _ = row["file"].partition("/")
+            group = (folder if slash else ".") if listed is None else listed.get(row["file"])
+            groups.append(-1 if group is None else names.setdefault(group, len(names)))
+    return Tally(statuses, labels, np.frombuffer(probs, np.float32).reshape(-1, len(classes)) if probs else
+                 np.zeros((0, len(classes)), np.float32), np.array(groups, np.int32), list(names))
+
+
+def print_summary(tally: Tally, n_files: int, seconds: float, classes: tuple[str, ...]) -> None:
+    """Counts by status and answer, and the rate of this call."""
+    rate = f"{n_files:,} pictures in {seconds:.1f} s: {n_files / max(seconds, 1e-9):.1f} images/s"
+    answers = [*(label_name(name) for name in classes), *([UNCERTAIN] if tally.labels[UNCERTAIN] else [])]
+    print(rate)
+    print("rows:             " + ", ".join(f"{name} {tally.statuses[name]:,}" for name in STATUSES))
+    print("predicted labels: " + ", ".join(f"{name} {tally.labels[name]:,}" for name in answers))
+
+
+def error_model(checkpoint: Checkpoint, reference: FaceSet | None, labeller: Labeller, detector: MTCNN | None,
+                settings: Settings) -> tuple[np.ndarray, np.ndarray] | None:
+    """Probabilities (m, C) and labels (m,) of faces that tell how the classifier errs; None where nothing does."""
+    if reference is None:
+        known = checkpoint.calibration
+        return (known.val_probs.numpy(), known.val_labels.numpy()) if known else None
+    settings = replace(settings, align="never" if reference.finished else settings.align, faces="largest", crops=False)
+    rows = [row for _, rows in classify_files(reference.paths(), labeller, detector, settings)
+            for row in rows if row.status == "ok"]
+    probs = np.stack([row.probs.numpy() for row in rows]) if rows else np.zeros((0, len(checkpoint.spec.classes)))
+    return probs, reference.labels.numpy()[[row.position for row in rows]]
+
+
+def report_shares(tally: Tally, model: tuple[np.ndarray, np.ndarray] | None, args, classes: tuple[str, ...]) -> None:
+    """Prints and writes the estimated shares of the classes, of all faces and of each group of --by."""
+    for name in ("shares.json", "shares.png"):
+        (args.output_dir / name).unlink(missing_ok=True)
+    if reason := no_shares(tally, model, classes):
+        print(f"shares: {reason}")
+        return
+    reports = {"all": estimate_shares(tally.probs, *model)}
+    for i, name in enumerate(tally.group_names):
+        if (tally.groups == i).sum() >= FEWEST_FACES:
+            reports[name] = estimate_shares(tally.probs[tally.groups == i], *model)
+    for name, report in reports.items():
+        print(f"\n{name}\n{format_shares(report, classes)}" if args.by else f"\n{format_shares(report, classes)}")
+    if small := len(tally.group_names) + 1 - len(reports):
+        print(f"{small} groups with fewer than {FEWEST_FACES} faces have no estimate of their own")
+    with moved_in(args.output_dir / "shares.json") as beside:
+        beside.write_text(json.dumps({"classes": classes, **reports}, indent=1))
+    with moved_in(args.output_dir / "shares.png") as beside:
+        draw_shares(reports, classes, beside)
+
+
+def no_shares(tally: Tally, model: tuple[np.ndarray, np.ndarray] | None, classes: tuple[str, ...]) -> str:
+    """Why no shares can be estimated, or ''."""
+    if len(tally.probs) < FEWEST_FACES:
+        return f"{len(tally.probs)} faces are too few for an estimate (at least {FEWEST_FACES})"
+    if model is None:
+        return "the checkpoint is not calibrated, so nothing is known of its errors (evaluate.py --calibrate)"
+    missing = set(range(len(classes))) - set(model[1].tolist())
+    return f"no face was found in the --reference pictures of {classes[min(missing)]}" if missing else ""
+
+
+if __name__ == "__main__":
+    main()

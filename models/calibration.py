@@ -1,0 +1,152 @@
+"""What validation says of a classifier's confidence: logits -> calibrated probabilities, thresholds, sets of labels."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FOLDS = 5
+RIDGE = 1.0                 # pulls slope to 1 and biases to 0 as one face would: settles separable or tiny samples
+
+
+@dataclass
+class Calibration:
+    """What validation said of a classifier: how to turn logits into probabilities, and how it errs.
+
+    probs = softmax(logits / temperature + bias). val_probs (n, C) float32 are such probabilities of the n
+    validation faces and val_labels (n,) int64 their labels; confusion matrix, confidence tables, thresholds and
+    group shares all follow from the two.
+    """
+    temperature: float
+    bias: tuple[float, ...]
+    val_probs: Tensor
+    val_labels: Tensor
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """logits (n, C) -> calibrated probabilities (n, C) float32."""
+        bias = torch.tensor(self.bias, device=logits.device)
+        return (logits.float() / self.temperature + bias).softmax(1)
+
+
+def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
+    """Temperature, and a bias per class where that predicts better, from validation logits (n, C) and labels (n,).
+
+    Bias-corrected temperature scaling (Alexandari, Kundaje, Shrikumar, "Maximum likelihood with bias-corrected
+    calibration is hard-to-beat at label shift adaptation", 2020), fitted by Newton's method in float64 on the CPU:
+    the same numbers on every machine. The biases stay where they lower the likelihood loss of faces left out of
+    the fit. val_probs are those of the left-out faces: each face's probabilities come from the other four fifths,
+    so thresholds and error model are not told better of the classifier than a stranger's faces would tell.
+    Raises ValueError for fewer than 2 faces, a label without a column, or logits that are not finite.
+    """
+    logits, labels = logits.detach().double().cpu(), labels.detach().long().cpu()
+    check_labelled(logits, labels)
+    folds = stratified_folds(labels, FOLDS)
+    held_out = {with_bias: held_out_log_probs(logits, labels, folds, with_bias) for with_bias in (False, True)}
+    with_bias = mean_nll(held_out[True], labels) < mean_nll(held_out[False], labels)
+    slope, bias = fit_slope_and_bias(logits, labels, with_bias)
+    return Calibration(1 / slope, tuple(bias.tolist()), held_out[with_bias].exp().float(), labels)
+
+
+def check_labelled(values: Tensor, labels: Tensor) -> None:
+    """Raises ValueError unless values (n, C) are finite, n >= 2 and each label is a column."""
+    if values.ndim != 2 or len(values) != len(labels) or len(labels) < 2:
+        raise ValueError(f"calibration wants logits (n, C) and labels (n,) of at least 2 faces, "
+                         f"got {tuple(values.shape)} and {tuple(labels.shape)}")
+    if not values.isfinite().all():
+        raise ValueError("calibration: some logits are not finite")
+    if labels.min() < 0 or labels.max() >= values.shape[1]:
+        raise ValueError(f"calibration: labels reach from {labels.min()} to {labels.max()}, "
+                         f"the logits have {values.shape[1]} classes")
+
+
+def stratified_folds(labels: Tensor, n_folds: int) -> Tensor:
+    """Fold of each face (n,): every class dealt out evenly, in an order drawn once and for all."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]
+    folds = torch.empty_like(labels)
+    folds[order] = torch.arange(len(labels)) % n_folds
+    return folds
+
+
+def held_out_log_probs(logits: Tensor, labels: Tensor, folds: Tensor, with_bias: bool) -> Tensor:
+    """Log-probabilities (n, C) of each face under the calibration fitted without its fold."""
+    log_probs = torch.empty_like(logits)
+    for fold in folds.unique():
+        out = folds == fold
+        slope, bias = fit_slope_and_bias(logits[~out], labels[~out], with_bias)
+        log_probs[out] = (logits[out] * slope + bias).log_softmax(1)
+    return log_probs
+
+
+def mean_nll(log_probs: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood of the labels."""
+    return -log_probs.gather(1, labels[:, None]).mean().item()
+
+
+def fit_slope_and_bias(logits: Tensor, labels: Tensor, with_bias: bool) -> tuple[float, Tensor]:
+    """Maximum-likelihood slope (1 / temperature) and biases (C,), by damped Newton steps from slope 1.
+
+    logits (n, C) float64. The loss is convex in (slope, bias), so the optimum is unique.
+    """
+    n, n_classes = logits.shape
+    one_hot = torch.nn.functional.one_hot(labels, n_classes).double()
+    identity = torch.eye(n_classes, dtype=torch.float64).expand(n, -1, -1)
+    design = torch.cat([logits[:, :, None], identity], 2) if with_bias else logits[:, :, None]     # (n, C, k)
+    start = torch.zeros(design.shape[2], dtype=torch.float64)
+    start[0] = 1.0
+
+    def loss(theta: Tensor) -> Tensor:
+        log_probs = (design @ theta).log_softmax(1)
+        return -(log_probs * one_hot).sum() + RIDGE / 2 * (theta - start).square().sum()
+
+    theta = start
+    for _ in range(100):
+        probs = (design @ theta).softmax(1)
+        gradient = torch.einsum("nck,nc->k", design, probs - one_hot) + RIDGE * (theta - start)
+        mean = torch.einsum("nck,nc->nk", design, probs)
+        hessian = torch.einsum("nck,nc,ncl->kl", design, probs, design) - mean.T @ mean
+        step = torch.linalg.solve(hessian + RIDGE * torch.eye(len(theta), dtype=torch.float64), gradient)
+        if step.abs().max() < 1e-9:
+            break
+        size = 1.0
+        while size > 1e-6 and loss(theta - size * step) > loss(theta):
+            size /= 2
+        theta = theta - size * step
+    slope = max(theta[0].item(), 1e-3)          # logits that point the wrong way: close to no confidence at all
+    bias = theta[1:] - theta[1:].mean() if with_bias else torch.zeros(n_classes, dtype=torch.float64)
+    return slope, bias
+
+
+def class_thresholds(calibration: Calibration, target_error: float) -> Tensor:
+    """Least confidence (C,) float32 at which a predicted label is answered; inf where no confidence is enough.
+
+    For each predicted class on its own, the smallest confidence above which at most `target_error` of the
+    validation faces so answered were wrong: no class pays for another.
+    """
+    confidence, predictions = calibration.val_probs.max(1)
+    wrong = (predictions != calibration.val_labels).double()
+    thresholds = torch.full((calibration.val_probs.shape[1],), torch.inf)
+    for c in range(len(thresholds)):
+        values, order = confidence[predictions == c].sort(descending=True)
+        error = wrong[predictions == c][order].cumsum(0) / torch.arange(1, len(values) + 1)
+        last_of_tie = torch.ones_like(values, dtype=torch.bool)
+        last_of_tie[:-1] = values[:-1] > values[1:]
+        reached = ((error <= target_error + 1e-12) & last_of_tie).nonzero()[:, 0]
+        if len(reached):
+            thresholds[c] = values[reached[-1]]
+    return thresholds
+
+
+def conformal_sets(probs: Tensor, calibration: Calibration, alpha: float) -> Tensor:
+    """Class-conditional prediction sets: probs (n, C) -> bool (n, C), n may be 0.
+
+    A face of class k has k in its set with probability at least 1 - alpha, for every k: split conformal
+    prediction within each class (Vovk, "Conditional validity of inductive conformal predictors", 2012), score
+    1 - probability of the class, with the finite-sample quantile. A class of fewer than 1 / alpha - 1 validation
+    faces is in every set. A set may be empty: a face unlike all classes.
+    """
+    least = torch.zeros(probs.shape[1])
+    for k in range(len(least)):
+        scores = calibration.val_probs[calibration.val_labels == k, k].sort().values
+        spare = int(alpha * (len(scores) + 1) + 1e-9)       # the true class may fall below in this many of them
+        least[k] = scores[spare - 1] if 0 < spare <= len(scores) else (0.0 if spare == 0 else torch.inf)
+    return probs >= least.to(probs.device)

@@ -1,0 +1,287 @@
+"""MTCNN face detection, batched: P-Net proposes, R-Net refines, O-Net decides and places five landmarks.
+
+Zhang, Zhang, Li, Qiao, "Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks",
+2016. Inside this module a box (x1, y1, x2, y2) counts both its ends, as the authors' do: its width is
+x2 - x1 + 1. The networks' weights are those of facenet-pytorch 2.6.0 (checkpoints/mtcnn.LICENSE.txt).
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "checkpoints" / "mtcnn.pt"
+PYRAMID_FACTOR = 0.707          # each level half the area of the one before
+CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window moved by 2
+LEVEL_NMS = 0.5                 # overlap allowed between P-Net's boxes of one level
+CHUNK_PIXELS = 1 << 17          # pyramid base pixels that go through P-Net together
+CHUNK_CROPS = 256               # crops that go through R-Net or O-Net together
+
+
+@dataclass
+class Faces:
+    """The n faces of a batch of images, as rows; n may be 0."""
+
+    boxes: Tensor               # (n, 4) float32, xyxy pixels
+    scores: Tensor              # (n,) float32, 0 to 1
+    landmarks: Tensor           # (n, 5, 2) float32, xy pixels: left eye, right eye, nose, left, right mouth corner
+    image_index: Tensor         # (n,) int64, ascending; the faces of one image by descending score
+
+
+class MTCNN(nn.Module):
+    """Detects the faces in a batch of images, on the device of its parameters.
+
+    min_face_size is in pixels. thresholds are the least scores of P-, R- and O-Net, nms_thresholds the overlaps
+    allowed after each; overlap is IoU, and after O-Net intersection over the smaller box.
+    """
+
+    def __init__(self, weights: str | Path = WEIGHTS, *, min_face_size: float = 20,
+                 thresholds=(0.6, 0.7, 0.8), nms_thresholds=(0.7, 0.7, 0.7)):
+        super().__init__()
+        self.min_face_size, self.thresholds, self.nms_thresholds = min_face_size, thresholds, nms_thresholds
+        self.pnet, self.rnet, self.onet = build_pnet(), build_rnet(), build_onet()
+        self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def detect(self, images: Tensor, sizes: Tensor) -> Faces:
+        """Faces of images (B, 3, H, W) uint8 RGB, zero-padded right and below from sizes (B, 2) int64, (height, width).
+
+        Pixel (0, 0) is the centre of the top-left pixel. An image smaller than the smallest face has none; B may be 0.
+        """
+        images = images.to(self.pnet[0].weight.device)
+        limits = sizes.to(images.device).flip(1) - 1                       # (B, 2) xy, each image's last pixel
+        boxes, image_index = self.propose(images, sizes)
+        boxes, image_index = self.refine(images, limits, boxes, image_index)
+        return self.decide(images, limits, boxes, image_index)
+
+    def propose(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 1: square candidate boxes (n, 4) float32 and their image_index (n,), by P-Net over an image pyramid."""
+        found = []
+        for (height, width), index in group_by_size(sizes):
+            levels = pyramid(height, width, self.min_face_size)
+            if not levels:
+                continue
+            chunk = max(1, int(CHUNK_PIXELS // (levels[0][1] * levels[0][2])))
+            for part in index.split(chunk):
+                part = part.to(images.device)
+                maps = [self.pnet(resized) for resized in resize_levels(images[part, :, :height, :width], levels)]
+                boxes, scores, offsets, level, image = cells_to_boxes(maps, levels, logit(self.thresholds[0]))
+                keep = suppress(boxes, scores, image * len(levels) + level, LEVEL_NMS)
+                keep = keep[suppress(boxes[keep], scores[keep], image[keep], self.nms_thresholds[0])]
+                found.append((shift(boxes[keep], offsets[keep]), part[image[keep]]))
+        if not found:
+            return images.new_zeros((0, 4), dtype=torch.float32), images.new_zeros(0, dtype=torch.int64)
+        boxes, image_index = (torch.cat(parts) for parts in zip(*found))
+        return squared(boxes), image_index
+
+    def refine(self, images: Tensor, limits: Tensor, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 2: the candidates that R-Net believes, moved by its offsets."""
+        scores, offsets = run_on_crops(self.rnet, images, boxes, image_index, 24).split([1, 4], 1)
+        boxes, scores = clipped(boxes, limits[image_index]), scores[:, 0]
+        keep = (scores > logit(self.thresholds[1])).nonzero()[:, 0]
+        keep = keep[suppress(boxes[keep], scores[keep], image_index[keep], self.nms_thresholds[1])]
+        return squared(shift(boxes[keep], offsets[keep])), image_index[keep]
+
+    def decide(self, images: Tensor, limits: Tensor, boxes: Tensor, image_index: Tensor) -> Faces:
+        """Stage 3: the candidates that O-Net believes, with landmarks, in the order that Faces promises."""
+        scores, offsets, points = run_on_crops(self.onet, images, boxes, image_index, 48).split([1, 4, 10], 1)
+        boxes, scores = clipped(boxes, limits[image_index]), scores[:, 0]
+        side = boxes[:, 2:] - boxes[:, :2] + 1
+        landmarks = boxes[:, None, :2] + side[:, None] * points.unflatten(1, (2, 5)).mT      # (n, 5, 2)
+        spread = (landmarks - landmarks.mean(1, keepdim=True)).square().sum((1, 2))
+        keep = ((scores > logit(self.thresholds[2])) & (spread > 1)).nonzero()[:, 0]         # five coinciding points
+        keep = keep[scores[keep].argsort(descending=True, stable=True)]
+        keep = keep[image_index[keep].argsort(stable=True)]
+        boxes = shift(boxes[keep], offsets[keep])
+        kept = suppress_nested(boxes, image_index[keep], self.nms_thresholds[2])
+        keep = keep[kept]
+        return Faces(boxes[kept], scores[keep].sigmoid(), landmarks[keep], image_index[keep])
+
+
+def build_pnet() -> nn.Sequential:
+    """P-Net: (B, 3, h, w) float32 -> (B, 5, h', w'), the face logit and four box offsets of each cell."""
+    return nn.Sequential(
+        nn.Conv2d(3, 10, 3), nn.PReLU(10), nn.MaxPool2d(2, 2, ceil_mode=True),
+        nn.Conv2d(10, 16, 3), nn.PReLU(16),
+        nn.Conv2d(16, 32, 3), nn.PReLU(32),
+        nn.Conv2d(32, 5, 1))
+
+
+def build_rnet() -> nn.Sequential:
+    """R-Net: (n, 3, 24, 24) float32 -> (n, 5), the face logit and four box offsets."""
+    return nn.Sequential(
+        nn.Conv2d(3, 28, 3), nn.PReLU(28), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(28, 48, 3), nn.PReLU(48), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(48, 64, 2), nn.PReLU(64), nn.Flatten(),
+        nn.Linear(576, 128), nn.PReLU(128),
+        nn.Linear(128, 5))
+
+
+def build_onet() -> nn.Sequential:
+    """O-Net: (n, 3, 48, 48) float32 -> (n, 15), the face logit, four box offsets, five x and five y of landmarks."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.PReLU(32), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(32, 64, 3), nn.PReLU(64), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(64, 64, 3), nn.PReLU(64), nn.MaxPool2d(2, 2, ceil_mode=True),
+        nn.Conv2d(64, 128, 2), nn.PReLU(128), nn.Flatten(),
+        nn.Linear(1152, 256), nn.PReLU(256),
+        nn.Linear(256, 15))
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels of 0 to 255 as the networks want them: -1 to 1, float32."""
+    return (pixels.float() - 127.5) / 128
+
+
+def logit(score: float) -> float:
+    """The face logit of a score; compared with, it saves a softmax."""
+    return math.log(score / (1 - score))
+
+
+def group_by_size(sizes: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
+    """Images of one size together: ((height, width), index (k,) int64) for each size there is."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, size in enumerate(sizes.tolist()):
+        groups.setdefault(tuple(size), []).append(i)
+    return [(size, torch.tensor(index)) for size, index in groups.items()]
+
+
+def pyramid(height: int, width: int, min_face_size: float) -> list[tuple[float, int, int]]:
+    """The levels of an image's pyramid, finest first: scale, height, width. Small images have none."""
+    scale = CELL / min_face_size
+    levels = []
+    while min(height, width) * scale > CELL:
+        levels.append((scale, math.ceil(height * scale), math.ceil(width * scale)))
+        scale *= PYRAMID_FACTOR
+    return levels
+
+
+def resize_levels(images: Tensor, levels: list[tuple[float, int, int]]):
+    """The levels of same-sized images (b, 3, h, w) uint8, one after another, normalised.
+
+    Bilinear without anti-aliasing, as the reference: its thresholds were chosen on such pictures.
+    """
+    pixels = normalised(images)
+    for _, height, width in levels:
+        yield F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
+
+
+def cells_to_boxes(maps: list[Tensor], levels: list[tuple[float, int, int]], threshold: float):
+    """P-Net's cells above a threshold of the logit, from its output (b, 5, h', w') for each level.
+
+    Returns boxes (n, 4) float32, the cells in pixels of the image; scores (n,); offsets (n, 4); level (n,); image (n,).
+    """
+    rows = torch.cat([m.flatten(2) for m in maps], 2)                                       # (b, 5, cells)
+    device = rows.device
+    starts = torch.tensor([0] + [m[0, 0].numel() for m in maps], device=device).cumsum(0)
+    widths = torch.tensor([m.shape[3] for m in maps], device=device)
+    scales = torch.tensor([level[0] for level in levels], device=device, dtype=torch.float64)
+    image, cell = (rows[:, 0] > threshold).nonzero(as_tuple=True)
+    level = torch.bucketize(cell, starts, right=True) - 1
+    local = cell - starts[level]
+    corner = torch.stack([local % widths[level], local // widths[level]], 1) * STRIDE + 1    # (n, 2) xy
+    boxes = torch.cat([corner, corner + CELL], 1) / scales[level, None]
+    values = rows[image, :, cell]                                                           # (n, 5)
+    return boxes.round().float(), values[:, 0], values[:, 1:], level, image
+
+
+def shift(boxes: Tensor, offsets: Tensor) -> Tensor:
+    """Boxes (n, 4) moved by a network's offsets (n, 4), which are fractions of their sides."""
+    side = boxes[:, 2:] - boxes[:, :2] + 1
+    return boxes + offsets * torch.cat([side, side], 1)
+
+
+def squared(boxes: Tensor) -> Tensor:
+    """The squares about boxes (n, 4), same centres, on whole pixels."""
+    side = boxes[:, 2:] - boxes[:, :2] + 1
+    longest = side.amax(1, keepdim=True)
+    corner = boxes[:, :2] + side / 2 - longest / 2
+    return torch.cat([corner, corner + longest - 1], 1).round()
+
+
+def clipped(boxes: Tensor, limits: Tensor) -> Tensor:
+    """Boxes (n, 4) without what lies outside their images, whose last pixels are limits (n, 2) xy.
+
+    A network's offsets are fractions of the square box it saw; the reference applies them to the clipped one. So do
+    we: its thresholds and figures come from there, and 18 % of its faces lie elsewhere (IoU < 0.8) otherwise.
+    """
+    return torch.cat([boxes[:, :2].clamp(min=0), boxes[:, 2:].minimum(limits)], 1)
+
+
+def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
+    """Non-maximum suppression by IoU within each group: indices of the boxes that stay, best first.
+
+    Boxes (n, 4) are whole pixels, so moving each group far from the others is exact in float64.
+    """
+    if len(boxes) == 0:
+        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    ends = boxes.double() + boxes.new_tensor([0, 0, 1, 1])
+    ends -= ends.min()
+    apart = ends + group[:, None] * (ends.max() + 1)
+    return nms(apart, scores.double(), threshold)
+
+
+def suppress_nested(boxes: Tensor, image_index: Tensor, threshold: float) -> Tensor:
+    """Indices of the boxes (n, 4), each image's best first, that no better box of their image covers.
+
+    Covered is intersection over the smaller of the two boxes. The loop ends when nothing changes any more; it runs
+    as often as the longest chain of boxes that unseat one another, two or three times.
+    """
+    top_left = torch.maximum(boxes[:, None, :2], boxes[:, :2])
+    bottom_right = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
+    intersection = (bottom_right - top_left + 1).clamp(min=0).prod(2)                       # (n, n)
+    area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
+    covered = intersection / torch.minimum(area[:, None], area) > threshold
+    covered = (covered & (image_index[:, None] == image_index)).triu(1)                      # row unseats column
+    stays = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    while True:
+        after = ~(covered & stays[:, None]).any(0)
+        if torch.equal(after, stays):
+            return stays.nonzero()[:, 0]
+        stays = after
+
+
+def run_on_crops(net: nn.Sequential, images: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
+    """What R-Net or O-Net (size 24 or 48) says of the boxes (n, 4) of images: (n, 5) or (n, 15) float32."""
+    parts = [net(crop(images, b, i, size)) for b, i in zip(boxes.split(CHUNK_CROPS), image_index.split(CHUNK_CROPS))]
+    return torch.cat(parts)
+
+
+def crop(images: Tensor, boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
+    """Boxes (n, 4) on whole pixels, cut out of images (B, 3, H, W) uint8, resized and normalised: (n, 3, size, size).
+
+    Bilinear within the box, black where the box leaves the image.
+    """
+    height, width = images.shape[2:]
+    left, right, x_weight, x_rest = sample_axis(boxes[:, 0], boxes[:, 2], size, width)
+    top, bottom, y_weight, y_rest = sample_axis(boxes[:, 1], boxes[:, 3], size, height)
+    plane = (image_index[:, None] * 3 + torch.arange(3, device=images.device)) * height * width
+    pixels = images.flatten()
+
+    def row(y: Tensor) -> Tensor:
+        base = plane[:, :, None, None] + (y * width)[:, None, :, None]
+        return (pixels[base + left[:, None, None]] * x_rest[:, None, None]
+                + pixels[base + right[:, None, None]] * x_weight[:, None, None])
+
+    return normalised(row(top) * y_rest[:, None, :, None] + row(bottom) * y_weight[:, None, :, None])
+
+
+def sample_axis(first: Tensor, last: Tensor, size: int, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Along one axis: the two pixels between which each of `size` samples of first..last (n,) lies, and their weights.
+
+    Returns near and far (n, size) int64, weights of far and of near (n, size) float32, zero outside 0..limit - 1.
+    """
+    length = (last - first + 1)[:, None]
+    at = ((torch.arange(size, device=first.device) + 0.5) * length / size - 0.5).clamp(min=0).minimum(length - 1)
+    at = at + first[:, None]
+    near = at.floor()
+    far_weight = at - near
+    far_weight, near_weight = (w * ((p >= 0) & (p < limit))
+                               for w, p in ((far_weight, near + 1), (1 - far_weight, near)))
+    near = near.long()
+    return near.clamp(0, limit - 1), (near + 1).clamp(0, limit - 1), far_weight, near_weight

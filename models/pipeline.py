@@ -1,0 +1,271 @@
+"""The path of a picture: files -> decoded batches -> faces -> views -> probabilities -> rows.
+
+Whatever the machine shares out, a file's batch companions are those of its chunk of the list: they depend on its
+place in the list alone, and so do, to the last bit, its numbers.
+"""
+import csv
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.align import TEMPLATE_SIZE, WHOLE, align_faces
+from models.checkpoint import Checkpoint
+from models.faceset import cut_crops
+from models.images import PhotoBatch, load_photos
+from models.mtcnn import MTCNN, Faces
+
+STATUSES = ("ok", "no_face", "unreadable", "too_large")
+DECODE_BATCH = 16           # pictures decoded, and searched for faces, together: 16 of 3 megapixels are 150 MB
+LARGEST_CHUNK = 2048        # files: what an interrupted run does again, at most
+FEW_FILES = 64              # for so many, starting decoding workers takes longer than they save
+SHARED_MEMORY = 1 << 30     # bytes free in /dev/shm below which workers could not hand over their pictures
+
+
+@dataclass
+class Settings:
+    """How files become rows. align: auto, always or never; faces: largest or all; flip: average with the mirror view.
+
+    batch_size: views in one call of the network. max_side: pixels, larger pictures are reduced. crops: keep each
+    face's 112 x 112 crop in its row, for grids.
+    """
+    align: str = "auto"
+    faces: str = "largest"
+    flip: bool = False
+    batch_size: int = 64
+    workers: int = 0
+    max_side: int | None = 3000
+    crops: bool = False
+
+
+@dataclass
+class Row:
+    """A face, or a picture without one (face -1). box (x1, y1, x2, y2): pixels of the picture as it stands upright."""
+    position: int                       # of the picture in the list
+    face: int                           # by descending size, from 0
+    status: str                         # one of STATUSES
+    probs: Tensor | None = None         # (C,) float32
+    box: tuple[float, ...] | None = None    # None of a picture that came as a finished crop
+    score: float | None = None          # the detector's
+    crop: Tensor | None = None          # (3, 112, 112) uint8
+    error: str = ""
+
+
+class Labeller:
+    """The networks of one checkpoint, ready for inference on a device: views -> probabilities."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+        self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
+        self.network = fold_batch_norm(checkpoint.classifier(device)).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def probs(self, views: Tensor, flip: bool = False) -> Tensor:
+        """views (n, 3, S, S) uint8 -> probabilities (n, C) float32 on the CPU; n may be 0."""
+        logits = self.network(views)
+        if flip:
+            logits = (logits + self.network(views.flip(3))) / 2
+        return self.checkpoint.probs(logits).cpu()
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """The model in place, each convolution followed by a batch-norm made one convolution: the same numbers, sooner."""
+    for module in list(model.modules()):
+        for (name, first), (after, second) in itertools.pairwise(list(module.named_children())):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(first, second))
+                setattr(module, after, nn.Identity())
+    return model
+
+
+def chunk_size(n_files: int) -> int:
+    """Files of one chunk: a multiple of DECODE_BATCH, a 64th of the list, at most LARGEST_CHUNK."""
+    return min(LARGEST_CHUNK, -(-n_files // (64 * DECODE_BATCH)) * DECODE_BATCH)
+
+
+def decode_workers(n_files: int, cores: int, device: torch.device) -> int:
+    """Default number of decoding workers: all cores before a CUDA device; beside a CPU's network a quarter of them.
+
+    Decoding takes a tenth to a quarter of the time of the networks on a CPU.
+    """
+    if n_files < FEW_FILES:
+        return 0
+    if os.path.isdir("/dev/shm"):
+        room = os.statvfs("/dev/shm")
+        if room.f_bavail * room.f_frsize < SHARED_MEMORY:
+            return 0
+    return cores if device.type == "cuda" else max(1, cores // 4)
+
+
+def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings: Settings,
+                   chunks: Iterable[int] | None = None) -> Iterator[tuple[int, list[Row]]]:
+    """(chunk, its rows) for chunks of a list of pictures, rows by position and face; decoding goes on meanwhile.
+
+    photos: anything with len() and [i] -> a path or the bytes of a file. Chunk k is chunk_size(len(photos)) files
+    from k times that on; by default all. Every picture has a row. detector may be None where align is 'never'.
+    """
+    size = chunk_size(len(photos))
+    n_batches = -(-len(photos) // DECODE_BATCH)
+    per_chunk = size // DECODE_BATCH
+    chunks = range(-(-len(photos) // size)) if chunks is None else chunks
+    numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
+    batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers)
+    for chunk, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
+        yield chunk, label_chunk(its, labeller, detector, settings)
+
+
+def first_position(batch: PhotoBatch) -> int:
+    """Position of some picture of a batch; none is empty."""
+    return batch.positions[0] if batch.positions else batch.failures[0][0]
+
+
+def label_chunk(batches: Iterable[PhotoBatch], labeller: Labeller, detector: MTCNN | None,
+                settings: Settings) -> list[Row]:
+    """Rows of all pictures of some batches, by position and face. The network sees full batches of views."""
+    without, faces = [], []
+
+    def views():
+        for batch in batches:
+            batch = replace(batch, images=batch.images.to(labeller.device))
+            without.extend(Row(position, -1, status, error=why) for position, status, why in batch.failures)
+            for rows, some in find_faces(batch, labeller, detector, settings):
+                faces.extend(row for row in rows if row.status == "ok")
+                without.extend(row for row in rows if row.status != "ok")
+                yield some
+
+    probs = [labeller.probs(full, settings.flip) for full in rebatch(views(), settings.batch_size)]
+    for row, row_probs in zip(faces, torch.cat(probs) if probs else (), strict=True):
+        row.probs = row_probs
+    return sorted(without + faces, key=lambda row: (row.position, row.face))
+
+
+def rebatch(parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The rows of parts (k, ...), k of any number, as tensors of `size` rows each; the last may have fewer."""
+    waiting, n_waiting = [], 0
+    for part in parts:
+        waiting.append(part)
+        n_waiting += len(part)
+        while n_waiting >= size:
+            rows = torch.cat(waiting)
+            yield rows[:size]
+            waiting, n_waiting = [rows[size:]], n_waiting - size
+    if n_waiting:
+        yield torch.cat(waiting)
+
+
+def find_faces(batch: PhotoBatch, labeller: Labeller, detector: MTCNN | None,
+               settings: Settings) -> Iterator[tuple[list[Row], Tensor]]:
+    """Rows of the pictures of a batch, first of finished crops, then of photographs, with the views of those 'ok'.
+
+    Rows of faces still lack their probabilities; views (k, 3, S, S) uint8 are in the order of the k such rows.
+    """
+    crops = torch.zeros(len(batch.positions), dtype=torch.bool)
+    if settings.align == "never":
+        crops = torch.ones_like(crops)
+    elif settings.align == "auto":
+        crops = (batch.sizes == TEMPLATE_SIZE).all(1)
+    if crops.any():
+        yield crop_rows(take(batch, crops), labeller.spec, settings)
+    if not crops.all():
+        for photos, faces in detect_photos([take(batch, ~crops)], detector):
+            yield photo_rows(photos, faces, labeller.spec, settings)
+
+
+def take(batch: PhotoBatch, which: Tensor) -> PhotoBatch:
+    """The decoded pictures of a batch at which (B,) bool is true, without its failures."""
+    if which.all():
+        return replace(batch, failures=[])
+    positions = [position for position, taken in zip(batch.positions, which.tolist(), strict=True) if taken]
+    return PhotoBatch(positions, batch.images[which.to(batch.images.device)], batch.sizes[which],
+                      batch.scales[which], [])
+
+
+def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], Tensor]:
+    """Rows and views of finished crops, of any resolution; a picture that is not square cannot be one."""
+    square = batch.sizes[:, 0] == batch.sizes[:, 1]
+    crops = take(batch, square)
+    views = cut_crops(crops.images, crops, spec.window, spec.input_size)
+    shown = cut_crops(crops.images, crops, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(views)
+    rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
+    for i in (~square).nonzero()[:, 0].tolist():
+        height, width = batch.sizes[i].tolist()
+        rows.append(Row(batch.positions[i], -1, "unreadable",
+                        error=f"{width} x {height} pixels: a finished crop is square (--align never)"))
+    return rows, views
+
+
+def detect_photos(batches: Iterable[PhotoBatch], detector: MTCNN) -> Iterator[tuple[PhotoBatch, Faces]]:
+    """Each batch, its images on the detector's device, and the faces found in it."""
+    device = next(detector.parameters()).device
+    for batch in batches:
+        batch = replace(batch, images=batch.images.to(device))
+        yield batch, detector.detect(batch.images, batch.sizes)
+
+
+def rank_by_size(faces: Faces) -> tuple[Tensor, Tensor]:
+    """Order (n,) int64 of faces by image and, within it, descending box area; the number (n,) of each in its image."""
+    boxes, image_index = faces.boxes.cpu(), faces.image_index.cpu()
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order = area.argsort(descending=True, stable=True)
+    order = order[image_index[order].argsort(stable=True)]
+    image = image_index[order]
+    return order, torch.arange(len(order)) - torch.searchsorted(image, image)
+
+
+def photo_rows(batch: PhotoBatch, faces: Faces, spec, settings: Settings) -> tuple[list[Row], Tensor]:
+    """Rows of photographs in which faces were searched, and the views of the faces, aligned by their landmarks."""
+    order, number = rank_by_size(faces)
+    if settings.faces == "largest":
+        order, number = order[number == 0], number[number == 0]
+    device = batch.images.device
+    where = order.to(device)
+    image_index, landmarks = faces.image_index[where], faces.landmarks[where]
+    views, crops = (align_faces(batch.images, batch.sizes.to(device), image_index, landmarks, *form) if form else None
+                    for form in ((spec.window, spec.input_size), (WHOLE, TEMPLATE_SIZE) if settings.crops else None))
+    image_index = image_index.cpu()
+    boxes = (faces.boxes.cpu()[order] / batch.scales[image_index, None]).tolist()
+    scores = faces.scores.cpu()[order].tolist()
+    rows = [Row(batch.positions[i], face, "ok", None, tuple(box), score, crop)
+            for i, face, box, score, crop in zip(image_index.tolist(), number.tolist(), boxes, scores,
+                                                 [None] * len(order) if crops is None else crops.cpu(), strict=True)]
+    empty = sorted(set(range(len(batch.positions))) - set(image_index.tolist()))
+    return rows + [Row(batch.positions[i], -1, "no_face") for i in empty], views
+
+
+def columns(classes: tuple[str, ...]) -> list[str]:
+    """The columns of predictions.csv for a checkpoint's classes."""
+    return ["file", "face", "status", "ethnicity", "confidence", *(f"p_{name}" for name in classes), "set",
+            "x1", "y1", "x2", "y2", "detector_score", "error"]
+
+
+def csv_line(name: str, row: Row, label: str, chosen: str, n_classes: int) -> str:
+    """A line of predictions.csv. label: the answer, chosen: the prediction set, both '' without a face."""
+    probs = row.probs.tolist() if row.status == "ok" else []
+    numbers = [f"{max(probs):.6f}", *(f"{p:.6f}" for p in probs)] if probs else [""] * (1 + n_classes)
+    box = [f"{value:.2f}" for value in row.box] if row.box else [""] * 4
+    score = "" if row.score is None else f"{row.score:.6f}"
+    cells = [quoted(name), str(row.face), row.status, quoted(label), *numbers, quoted(chosen), *box, score,
+             quoted(row.error)]
+    return ",".join(cells) + "\n"
+
+
+def quoted(text: str) -> str:
+    """A cell of a CSV; Python's csv, before 3.13, leaves a bare carriage return that it cannot read back."""
+    if any(mark in text for mark in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def read_predictions(path: str | os.PathLike, names: list[str] | None = None) -> Iterator[dict[str, str]]:
+    """The rows of a predictions.csv as they stand, one at a time. names: the columns, where no first line has them.
+
+    Raises ValueError for a file of another kind.
+    """
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, names)
+        if not {"file", "face", "status", "ethnicity", "confidence"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path} is no predictions.csv: its first line is {reader.fieldnames}")
+        yield from reader

@@ -1,0 +1,82 @@
+"""torchrun: join the group, take a part of a list, put the parts together again. One process is the plain case."""
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = timedelta(days=7)     # ranks may finish hours apart; one that dies is noticed by torchrun, not by a timeout
+
+
+def start_distributed(device: torch.device | None = None) -> tuple[int, int, torch.device]:
+    """(rank, world_size, device) of this process, which joins torchrun's group where there is one.
+
+    device None means CUDA where there is one, else the CPU; a CUDA device becomes that of the local rank. The group
+    talks through NCCL on CUDA, through gloo on the CPU. Without torchrun's environment: (0, 1, device).
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE,
+                                device_id=device if device.type == "cuda" else None)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_distributed() -> None:
+    """The goodbye of a rank that has done its part."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_first(value):
+    """Rank 0's `value` (anything that pickles) on every rank; the others' is not looked at."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def my_part(n: int, rank: int, world_size: int) -> range:
+    """Positions of this rank in a list of n: contiguous, in the order of the ranks, sizes at most one apart."""
+    return range(n * rank // world_size, n * (rank + 1) // world_size)
+
+
+def local_share(n: int) -> int:
+    """This process's share of n cores of its machine, at least 1."""
+    return max(1, n // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextmanager
+def moved_in(path: str | Path) -> Iterator[Path]:
+    """A place beside `path` to write to; what lies there at the end is moved to `path`, whole or not at all."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def merge_parts(parts: list[Path], target: str | Path, head: bytes = b"") -> None:
+    """Writes head and then the bytes of all parts, in their order, as one file; memory does not grow with them."""
+    with moved_in(target) as beside, open(beside, "wb") as merged:
+        merged.write(head)
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, merged, 1 << 20)

@@ -1,0 +1,157 @@
+"""Calibration, thresholds and prediction sets: what is promised of them holds on faces drawn from a known law."""
+import numpy as np
+import pytest
+import torch
+
+from models import checkpoint
+from models.calibration import (
+    Calibration,
+    class_thresholds,
+    conformal_sets,
+    fit_calibration,
+    fit_slope_and_bias,
+    stratified_folds,
+)
+
+
+def draw_faces(n: int, *, temperature: float = 1.0, bias=(0.0, 0.0, 0.0, 0.0), seed: int = 0):
+    """logits (n, 4) that overstate by `temperature`, labels (n,) drawn from what they would truly mean."""
+    generator = torch.Generator().manual_seed(seed)
+    sharp = 2.5 * torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial((sharp + torch.tensor(bias, dtype=torch.float64)).softmax(1), 1, generator=generator)
+    return (sharp * temperature).float(), labels[:, 0]
+
+
+def test_known_temperature_and_biases_are_recovered():
+    bias = (0.6, -0.4, 0.1, -0.3)
+    logits, labels = draw_faces(20_000, temperature=1.8, bias=bias)
+    calibration = fit_calibration(logits, labels)
+    assert calibration.temperature == pytest.approx(1.8, rel=0.05)
+    assert calibration.bias == pytest.approx(bias, abs=0.08)
+    probs = calibration.probs(logits)
+    assert probs.dtype == torch.float32
+    assert torch.allclose(probs.mean(0), torch.bincount(labels) / len(labels), atol=2e-3)     # as many as there are
+
+
+def test_optimum_agrees_with_scipy():
+    optimize = pytest.importorskip("scipy.optimize")
+    logits, labels = draw_faces(400, temperature=1.4, bias=(0.5, 0.0, -0.5, 0.0))
+    z = logits.double().numpy()
+
+    def loss(theta):
+        scores = z * theta[0] + theta[1:]
+        nll = np.logaddexp.reduce(scores, 1) - scores[np.arange(len(z)), labels.numpy()]
+        return nll.sum() + 0.5 * ((theta[0] - 1) ** 2 + (theta[1:] ** 2).sum())
+
+    theirs = optimize.minimize(loss, np.array([1.0, 0, 0, 0, 0]), tol=1e-10).x
+    slope, bias = fit_slope_and_bias(logits.double(), labels, with_bias=True)
+    assert slope == pytest.approx(theirs[0], abs=1e-4)
+    assert bias.numpy() == pytest.approx(theirs[1:] - theirs[1:].mean(), abs=1e-4)
+
+
+def test_same_numbers_every_time_and_whatever_is_added_to_a_row():
+    logits, labels = draw_faces(500)
+    one, two = fit_calibration(logits, labels), fit_calibration(logits, labels)
+    assert one.temperature == two.temperature and one.bias == two.bias
+    assert torch.equal(one.val_probs, two.val_probs)
+    shifted = fit_calibration(logits + torch.arange(500)[:, None] % 7, labels)
+    assert torch.allclose(one.val_probs, shifted.val_probs, atol=1e-4)
+
+
+def test_stored_probabilities_are_those_of_faces_left_out():
+    """On labels that have nothing to do with the logits, a fit flatters itself; the stored probabilities must not."""
+    generator = torch.Generator().manual_seed(3)
+    logits, labels = 4 * torch.randn(60, 4, generator=generator), torch.randint(4, (60,), generator=generator)
+    calibration = fit_calibration(logits, labels)
+
+    def nll(probs):
+        return -probs.gather(1, labels[:, None]).log().mean()
+
+    assert nll(calibration.val_probs) > nll(calibration.probs(logits))
+    assert torch.allclose(calibration.val_probs.sum(1), torch.ones(60))
+
+
+def test_folds_hold_every_class_alike():
+    labels = torch.tensor([0] * 100 + [1] * 23 + [2] * 7)
+    folds = stratified_folds(labels, 5)
+    counts = torch.stack([torch.bincount(labels[folds == fold], minlength=3) for fold in range(5)])
+    assert (counts.max(0).values - counts.min(0).values <= 1).all()
+
+
+@pytest.mark.parametrize("n", [2, 3, 12])
+def test_few_and_separable_faces_give_finite_calibrations(n):
+    labels = torch.arange(n) % 2
+    calibration = fit_calibration(10 * torch.nn.functional.one_hot(labels, 4).float(), labels)
+    assert 0 < calibration.temperature < 1e4
+    assert calibration.val_probs.isfinite().all() and calibration.val_probs.shape == (n, 4)
+
+
+def test_mistakes_are_named():
+    logits, labels = draw_faces(10)
+    with pytest.raises(ValueError, match="at least 2 faces"):
+        fit_calibration(logits[:1], labels[:1])
+    with pytest.raises(ValueError, match="labels reach from"):
+        fit_calibration(logits, labels + 4)
+    with pytest.raises(ValueError, match="not finite"):
+        fit_calibration(logits.index_fill(0, torch.tensor([0]), torch.nan), labels)
+
+
+def test_checkpoint_holds_the_same_class():
+    assert checkpoint.Calibration is Calibration
+
+
+def calibration_of(n: int, seed: int = 0) -> Calibration:
+    """A calibration whose validation probabilities are true."""
+    logits, labels = draw_faces(n, seed=seed)
+    return Calibration(1.0, (0.0,) * 4, logits.softmax(1), labels)
+
+
+def test_thresholds_keep_the_error_of_each_class_and_answer_as_many_as_possible():
+    calibration = calibration_of(3000)
+    thresholds = class_thresholds(calibration, 0.05)
+    confidence, predictions = calibration.val_probs.max(1)
+    for c in range(4):
+        mine = predictions == c
+        wrong = calibration.val_labels[mine] != c
+        allowed = [t for t in confidence[mine].unique() if wrong[confidence[mine] >= t].float().mean() <= 0.05]
+        assert thresholds[c] == min(allowed)
+
+
+def test_thresholds_at_the_ends():
+    calibration = calibration_of(300)
+    confidence, predictions = calibration.val_probs.max(1)
+    least = torch.stack([confidence[predictions == c].min() for c in range(4)])
+    assert torch.equal(class_thresholds(calibration, 1.0), least)
+    always_wrong = Calibration(1.0, (0.0,) * 4, calibration.val_probs, (predictions + 1) % 4)
+    assert class_thresholds(always_wrong, 0.05).isinf().all()
+
+
+def test_faces_of_equal_confidence_are_answered_together():
+    """Three at 0.9, one of them wrong: at a third of error all are answered, below it none, whatever their order."""
+    probs = torch.tensor([[0.9, 0.1]] * 3)
+    for labels in ([0, 0, 1], [1, 0, 0]):
+        calibration = Calibration(1.0, (0.0, 0.0), probs, torch.tensor(labels))
+        assert class_thresholds(calibration, 0.2)[0].isinf()
+        assert class_thresholds(calibration, 0.34)[0] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.3])
+def test_sets_cover_each_class(alpha):
+    covered = torch.zeros(4)
+    for seed in range(10):
+        calibration = calibration_of(800, seed=2 * seed)
+        logits, labels = draw_faces(2000, seed=2 * seed + 1)
+        sets = conformal_sets(logits.softmax(1), calibration, alpha)
+        covered += torch.stack([sets[labels == k, k].float().mean() for k in range(4)]) / 10
+    assert ((covered - (1 - alpha)).abs() < 0.02).all()
+
+
+def test_sets_by_hand_and_of_little():
+    """Nine faces per class: at alpha 0.1 one in ten may be missed, which is the smallest of them; at 0.05 none."""
+    p = torch.linspace(0.1, 0.9, 9)
+    probs = torch.cat([torch.stack([p, 1 - p], 1), torch.stack([1 - p, p], 1)])
+    calibration = Calibration(1.0, (0.0, 0.0), probs, torch.tensor([0] * 9 + [1] * 9))
+    low = torch.tensor([[0.05, 0.95], [0.2, 0.8]])
+    assert conformal_sets(low, calibration, 0.1).tolist() == [[False, True], [True, True]]
+    assert conformal_sets(low, calibration, 0.05).all()
+    assert conformal_sets(low[:0], calibration, 0.1).shape == (0, 2)

@@ -1,0 +1,572 @@
+"""Labelled faces -> checkpoint: trains a ResNet-18 and keeps the epoch that validation likes best.
+
+Reads   --data: folders that utk_dataset_builder.py made, any folders of class folders, or CSV lists (image, class).
+Writes  --out (weights, spec and calibration), <out stem>.log.jsonl (a line an epoch), <out stem>.resume.pt (for
+        --resume; removed at the end) and visualizations/validation_loss.png.
+
+    python train.py --data data/utk_races --out checkpoints/resnet18_utk.pt
+    torchrun --nproc_per_node=2 train.py --data data/utk_races
+"""
+import copy
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from models import cli
+from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_bilinear, window_points
+from models.calibration import fit_calibration
+from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
+from models.classifier import FaceClassifier, FaceSpec
+from models.faceset import FaceSet, FaceSetError, align_set, read_faceset
+from models.metrics import confusion_matrix
+from models.mtcnn import MTCNN
+from models.ranks import start_distributed
+
+VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. sizes: input side for each share of the epochs, the last one is that of the checkpoint."""
+    window: tuple[float, float, float, float]
+    sizes: tuple[tuple[float, int], ...]    # (share of the epochs up to which it holds, input side)
+    schedule: str                           # 'cosine' over all steps after warm-up, or 'step': a tenth every 20 epochs
+    warmup_epochs: float
+    weight_decay: float                     # decoupled from Adam's gradient, on weights of two dimensions or more
+    label_smoothing: float
+    mixup: float                            # share of the batches that are mixed, Beta(0.4, 0.4)
+    average: float                          # decay of the weight average per step; 0 keeps the plain weights
+    augment: bool                           # geometry, colour, blur and erasing; else random shift and flip alone
+    choose: str                             # 'best' epoch on validation, or the 'last' one
+
+
+RECIPES = {
+    # Chosen on validation; visualizations/experiments.csv has what else was tried.
+    "default": Recipe((14, 24, 98, 108), ((0.2, 80), (0.5, 96), (1.0, 112)), "cosine", 2, 0.05, 0.05, 0.3, 0.998,
+                      True, "best"),
+    # EthnicityRecognition-UTKFaces: chip at 128, random crop of 104 and flip, Adam, StepLR(20), last epoch.
+    "published": Recipe((13.5, 28.5, 97, 112), ((1.0, 104),), "step", 0, 0.0, 0.0, 0.0, 0.0, False, "last"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the data
+@dataclass
+class Crops:
+    """A set in memory: whole-template crops (N, 3, R, R) uint8, labels (N,) int64, which set each came from (N,)."""
+    crops: Tensor
+    labels: Tensor
+    source: Tensor
+
+    def to(self, device: torch.device) -> "Crops":
+        """The same on a device."""
+        return Crops(self.crops.to(device), self.labels.to(device), self.source)
+
+
+def split_off(faces: FaceSet, share: float, seed: int) -> tuple[FaceSet, FaceSet]:
+    """Train and validation parts of a set that has none: whole persons where class folders hold person folders.
+
+    Each class gives `share` of its groups; a group is a person's folder, or a single picture.
+    """
+    groups: dict[tuple[int, str], list[int]] = {}
+    for row, (file, label) in enumerate(zip(faces.files, faces.labels.tolist(), strict=True)):
+        parts = Path(file).parts
+        person = parts[1] if len(parts) > 2 and not Path(file).is_absolute() else file
+        groups.setdefault((label, person), []).append(row)
+    generator, val = torch.Generator().manual_seed(seed), []
+    for label in range(len(faces.classes)):
+        mine = sorted(key for key in groups if key[0] == label)
+        order = torch.randperm(len(mine), generator=generator).tolist()
+        for i in order[:max(1, round(share * len(mine)))] if len(mine) > 1 else ():
+            val += groups[mine[i]]
+    held = set(val)
+    return faces.subset([row for row in range(len(faces)) if row not in held]), faces.subset(sorted(val))
+
+
+def read_sets(args) -> tuple[list[FaceSet], list[FaceSet]]:
+    """Training and validation part of each --data; all with the classes of the first. Raises FaceSetError."""
+    train, val, classes = [], [], None
+    for root in args.data:
+        whole = read_faceset(root, "train", args.class_map, classes)
+        classes = whole.classes
+        if (Path(root) / "val").is_dir():
+            train.append(whole)
+            val.append(read_faceset(root, "val", args.class_map, classes))
+        else:
+            parts = split_off(whole, args.val_share, args.seed)
+            train.append(parts[0])
+            val.append(parts[1])
+    for name, sets in (("train", train), ("validation", val)):
+        counts = sum(torch.bincount(faces.labels, minlength=len(classes)) for faces in sets)
+        if (counts == 0).any():
+            raise FaceSetError(f"no {name} picture of class {classes[int(counts.argmin())]}")
+    return train, val
+
+
+def load_crops(sets: list[FaceSet], resolution: int, args, what: str) -> Crops:
+    """Every picture of the sets as a whole-template crop, aligned on the fly where it is no finished crop."""
+    crops, labels, source = [], [], []
+    detector = MTCNN(min_face_size=40).to(args.device)
+    for i, faces in enumerate(sets):
+        part = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
+        good = torch.ones(len(faces), dtype=torch.bool)
+        for batch in align_set(faces.paths(), faces.finished, detector, WHOLE, resolution, workers=args.workers,
+                               progress=f"{what} {args.data[i]}" if args.rank == 0 else None):
+            part[batch.positions] = batch.views
+            for position, status, reason in batch.failures:
+                good[position] = False
+                tqdm.write(f"left out: {faces.files[position]}: {status}: {reason}")
+        crops.append(part if good.all() else part[good])
+        labels.append(faces.labels[good])
+        source.append(torch.full((int(good.sum()),), i))
+    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), torch.cat(labels), torch.cat(source))
+
+
+def shrink(crops: Tensor, resolution: int) -> Tensor:
+    """Crops at a smaller resolution, without aliasing."""
+    if crops.shape[-1] <= resolution:
+        return crops
+    return torch.cat([crop_views(part, WHOLE, resolution) for part in crops.split(256)])
+
+
+def working_resolution(window: tuple, side: int) -> int:
+    """Resolution of training crops for an input side: 1.25 crop pixels a view pixel keep one bilinear warp sharp."""
+    return math.ceil(1.25 * side * TEMPLATE_SIZE / (window[2] - window[0]))
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+def uniform(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """(n,) float32 draws between two bounds, on the generator's device."""
+    return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
+
+
+def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generator: torch.Generator) -> Tensor:
+    """One warp holds window, shift, scale, rotation, stretch and flip, a fresh draw per picture.
+
+    crops (B, 3, R, R) uint8 -> views (B, 3, side, side) float32 in 0..255. Without `augment`, a shift of up to
+    an eighth of the window (a random crop of 104 from 128) and flip alone.
+    """
+    n, per_px = len(crops), crops.shape[-1] / TEMPLATE_SIZE
+    flip = 1 - 2 * (torch.rand(n, generator=generator, device=crops.device) < 0.5).float()
+    reach = 5.0 if augment else 10.0                                                        # template pixels
+    shift = torch.stack([uniform(n, -reach, reach, generator), uniform(n, -reach, reach, generator)], -1)
+    linear = torch.zeros(n, 2, 2, device=crops.device)
+    linear[:, 0, 0], linear[:, 1, 1] = flip, 1.0
+    if augment:
+        angle = uniform(n, -12, 12, generator) * (math.pi / 180)
+        zoom, stretch = uniform(n, -0.16, 0.16, generator).exp(), uniform(n, -0.06, 0.06, generator).exp()
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
+        linear = turn @ torch.diag_embed(torch.stack([flip * stretch, 1 / stretch], -1))
+    centre = torch.tensor([(window[0] + window[2]) / 2 - 0.5, (window[1] + window[3]) / 2 - 0.5], device=crops.device)
+    points = window_points(window, side, crops.device) - centre
+    where = torch.einsum("nij,hwj->nhwi", linear, points) + (centre + shift)[:, None, None]
+    sizes = torch.tensor(crops.shape[2:], device=crops.device).expand(n, 2)
+    views = sample_bilinear(crops.float(), (where + 0.5) * per_px - 0.5, sizes)
+    return random_erase(random_blur(random_colour(views, generator), generator), generator) if augment else views
+
+
+def random_colour(views: Tensor, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast, saturation and white balance of each picture, one in fourteen grey."""
+    n = len(views)
+    column = (n, 1, 1, 1)
+    grey = views.mean(1, keepdim=True)
+    saturation = uniform(n, 0.6, 1.4, generator)
+    saturation[torch.rand(n, generator=generator, device=views.device) < 0.07] = 0
+    gains = uniform(3 * n, -0.06, 0.06, generator).exp().view(n, 3, 1, 1)
+    contrast = uniform(n, -0.3, 0.3, generator).exp().view(column)
+    brightness = uniform(n, -25, 25, generator).view(column)
+    mean = grey.mean((2, 3), keepdim=True)
+    views = grey + (views - grey) * saturation.view(column)
+    return ((views * gains - mean) * contrast + mean + brightness).clamp_(0, 255)
+
+
+def random_blur(views: Tensor, generator: torch.Generator) -> Tensor:
+    """One picture in seven shown at a lower resolution, as small faces are in other people's photographs."""
+    few = (torch.rand(len(views), generator=generator, device=views.device) < 0.15).nonzero().squeeze(1)
+    if len(few):
+        side = views.shape[-1]
+        low = int(side * uniform(1, 0.3, 0.8, generator).item())
+        small = F.interpolate(views[few], size=low, mode="bilinear", antialias=True)
+        views[few] = F.interpolate(small, size=side, mode="bilinear")
+    return views
+
+
+def random_erase(views: Tensor, generator: torch.Generator) -> Tensor:
+    """A quarter of the pictures lose one rectangle, of a tenth to a half of each side, to one random colour."""
+    n, side = len(views), views.shape[-1]
+    size = uniform(2 * n, 0.1, 0.5, generator).view(n, 2) * side
+    start = torch.rand(n, 2, generator=generator, device=views.device) * (side - size)
+    at = torch.arange(side, device=views.device)
+    rows = (at >= start[:, :1]) & (at < start[:, :1] + size[:, :1])
+    columns = (at >= start[:, 1:]) & (at < start[:, 1:] + size[:, 1:])
+    chosen = torch.rand(n, generator=generator, device=views.device) < 0.25
+    hole = (rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])[:, None]
+    return torch.where(hole, uniform(3 * n, 0, 255, generator).view(n, 3, 1, 1), views)
+
+
+def mix_up(views: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Each picture and its target mixed with its neighbour's, `share` of its own.
+
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018.
+    """
+    return views.lerp(views.roll(1, 0), 1 - share), targets.lerp(targets.roll(1, 0), 1 - share)
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+@dataclass
+class Training:
+    """All that changes while training, and so all that a resume file holds."""
+    model: FaceClassifier                   # on the device, bare
+    average: FaceClassifier                 # moving average of its weights: the one that is validated and saved
+    optimizer: torch.optim.Optimizer
+    amp_dtype: torch.dtype | None           # None trains in float32
+    epoch: int = 0                          # epochs finished
+    best: dict | None = None                # figures of the epoch in the checkpoint
+    stale: int = 0                          # epochs since validation loss fell
+    lowest_loss: float = math.inf
+
+    def state(self) -> dict:
+        """Tensors and plain values that `restore` takes back."""
+        return {"model": self.model.backbone.state_dict(), "average": self.average.backbone.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "amp_dtype": self.amp_dtype, "epoch": self.epoch,
+                "best": self.best, "stale": self.stale, "lowest_loss": self.lowest_loss}
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a saved state."""
+        self.model.backbone.load_state_dict(state["model"])
+        self.average.backbone.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("amp_dtype", "epoch", "best", "stale", "lowest_loss"):
+            setattr(self, name, state[name])
+
+
+def start_training(spec: FaceSpec, recipe: Recipe, args) -> Training:
+    """Model, average and optimizer at epoch 0; the same on every rank, for the seed is."""
+    torch.manual_seed(args.seed)
+    model = FaceClassifier(spec)
+    initialise(model, args.init)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay},
+                                   {"params": plain, "weight_decay": 0.0}], lr=args.lr)
+    return Training(model, copy.deepcopy(model).eval(), optimizer, fastest_format(model, recipe, args.device))
+
+
+def initialise(model: FaceClassifier, init: str) -> None:
+    """Weights to start from: 'random' leaves torchvision's, 'imagenet', or a checkpoint file, its head where it fits.
+
+    Raises CheckpointError for a file that is none, and where ImageNet weights cannot be had.
+    """
+    if init == "random":
+        return
+    if init == "imagenet":
+        from torchvision.models import ResNet18_Weights
+        try:
+            weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        except OSError as error:
+            url = ResNet18_Weights.IMAGENET1K_V1.url
+            raise CheckpointError(f"torchvision's weights could not be downloaded ({error}); fetch {url} elsewhere and "
+                                  f"put it into {torch.hub.get_dir()}/checkpoints") from None
+    else:
+        weights = load_checkpoint(init).model
+    own = model.backbone.state_dict()
+    model.backbone.load_state_dict({key: weights[key] if weights[key].shape == value.shape else value
+                                    for key, value in own.items()})
+
+
+def fastest_format(model: FaceClassifier, recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """bfloat16 where it beats float32 on this device by a quick check of the network itself; None is float32."""
+    views = torch.zeros(16, 3, recipe.sizes[0][1], recipe.sizes[0][1], dtype=torch.uint8, device=device)
+    trial = copy.deepcopy(model).eval()
+    seconds = {None: math.inf, torch.bfloat16: math.inf}
+    for dtype in list(seconds) * 3:                                     # the first round only warms up
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            for _ in range(3):
+                trial(views).float().sum().item()
+        seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
+
+
+def learning_rate(step: int, steps_per_epoch: int, epochs: int, recipe: Recipe, peak: float) -> float:
+    """The rate of one step: warm-up from nothing, then cosine to nothing or a tenth every 20 epochs."""
+    epoch = step / steps_per_epoch
+    warm = min(1.0, (epoch + 1 / steps_per_epoch) / recipe.warmup_epochs) if recipe.warmup_epochs else 1.0
+    if recipe.schedule == "step":
+        return peak * warm * 0.1 ** int(epoch // 20)
+    return peak * warm * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def train_batches(data: Crops, epoch: int, args) -> Iterator[tuple[Tensor, Tensor]]:
+    """(crops (B, 3, R, R) uint8, labels (B,) int64) of this rank's share of one epoch's order, on the device."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
+    order = order[:len(order) // args.world_size * args.world_size][args.rank::args.world_size]
+    for rows in order.split(args.batch_size):
+        if len(rows) > 1:                                           # batch norm has no statistics of a single picture
+            yield (data.crops[rows.to(data.crops.device)].to(args.device, non_blocking=True),
+                   data.labels[rows.to(data.labels.device)].to(args.device, non_blocking=True))
+
+
+def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe: Recipe, side: int, args) -> float:
+    """One pass over the data; the mean loss of this rank's samples. Raises FloatingPointError where it is not finite.
+
+    network: the model itself, or its DistributedDataParallel wrapper.
+    """
+    network.train()
+    epoch, classes = training.epoch, len(training.model.spec.classes)
+    steps = math.ceil(len(data.labels) // args.world_size / args.batch_size)
+    generator = torch.Generator(args.device).manual_seed((args.seed * 1000 + epoch) * 1000 + args.rank)
+    chance = random.Random(f"{args.seed} {epoch} {args.rank}")
+    loss_sum, seen = torch.zeros((), device=args.device), 0
+    bar = tqdm(train_batches(data, epoch, args), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False,
+               disable=args.rank != 0, unit="batch")
+    for step, (crops, labels) in enumerate(bar):
+        for group in training.optimizer.param_groups:
+            group["lr"] = learning_rate(epoch * steps + step, steps, args.epochs, recipe, args.lr)
+        views = random_views(crops, recipe.window, side, recipe.augment, generator)
+        targets = F.one_hot(labels, classes).float()
+        if chance.random() < recipe.mixup:
+            views, targets = mix_up(views, targets, chance.betavariate(0.4, 0.4))
+        with torch.autocast(args.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
+            loss = F.cross_entropy(network(views).float(), targets, label_smoothing=recipe.label_smoothing)
+        training.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        training.optimizer.step()
+        update_average(training.average, training.model, recipe.average, epoch * steps + step)
+        loss_sum += loss.detach() * len(labels)                     # stays on the device: the loop never waits for it
+        seen += len(labels)
+        if step % 50 == 49 and not math.isfinite(loss_sum.item()):
+            break
+    if not math.isfinite(loss_sum.item()):
+        raise FloatingPointError(f"the training loss is not finite in epoch {epoch + 1}; a lower --lr may help")
+    return (loss_sum / max(seen, 1)).item()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """average <- decay * average + (1 - decay) * model, over weights and batch-norm statistics alike.
+
+    Early on the decay is (step + 1) / (step + 10), so that the random start is forgotten.
+    """
+    decay = min(decay, (step + 1) / (step + 10))
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+@torch.inference_mode()
+def predict(model: FaceClassifier, views: Tensor, args) -> Tensor:
+    """Logits (n, C) float32 of this rank's share of the views, pictures rank, rank + world_size, ..."""
+    mine = views[args.rank::args.world_size]
+    return torch.cat([model(part.to(args.device)).float().cpu() for part in mine.split(256)])
+
+
+def validate(model: FaceClassifier, views: Tensor, labels: Tensor, args) -> tuple[float, Tensor]:
+    """Mean cross-entropy and confusion matrix (C, C) int64 over all ranks: every picture counts once."""
+    if args.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    logits, mine = predict(model, views, args), labels[args.rank::args.world_size].cpu()
+    loss_sum = F.cross_entropy(logits, mine, reduction="sum").double()
+    confusion = confusion_matrix(mine, logits.argmax(1), logits.shape[1])
+    if args.world_size > 1:
+        totals = torch.cat([loss_sum.view(1), confusion.double().flatten()]).to(args.device)
+        dist.all_reduce(totals)
+        loss_sum, confusion = totals[0].cpu(), totals[1:].long().view_as(confusion).cpu()
+    return (loss_sum / len(labels)).item(), confusion
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+def side_of(epoch: int, epochs: int, recipe: Recipe) -> int:
+    """Input side of an epoch, counted from 0."""
+    return next(side for share, side in recipe.sizes if epoch < round(share * epochs) or share == 1.0)
+
+
+def run_epochs(training: Training, recipe: Recipe, train: Crops, val: Crops, args) -> None:
+    """Trains from training.epoch to the last one, writing log, checkpoint and resume file after each."""
+    network = training.model
+    if args.world_size > 1:
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    side = None
+    while training.epoch < args.epochs and training.stale < args.patience:
+        if side != side_of(training.epoch, args.epochs, recipe):
+            side = side_of(training.epoch, args.epochs, recipe)
+            crops = Crops(shrink(train.crops, working_resolution(recipe.window, side)), train.labels, train.source)
+            crops = crops.to(args.device) if args.on_device else crops
+            val_views = torch.cat([crop_views(part, recipe.window, side) for part in val.crops.split(256)])
+        start = time.perf_counter()
+        train_loss = train_one_epoch(training, network, crops, recipe, side, args)
+        seconds = time.perf_counter() - start
+        validated = training.average if recipe.average else training.model.eval()
+        val_loss, confusion = validate(validated, val_views, val.labels, args)
+        training.epoch += 1
+        figures = {"epoch": training.epoch, "train_loss": train_loss, "val_loss": val_loss,
+                   "val_accuracy": confusion.trace().item() / confusion.sum().item(),
+                   "lr": training.optimizer.param_groups[0]["lr"], "input_size": side, "seconds": seconds,
+                   "images_per_second": len(train.labels) / seconds}
+        finish_epoch(training, validated, figures, recipe, args)
+
+
+def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, recipe: Recipe, args) -> None:
+    """Prints and logs an epoch; saves its weights if they are the best at the final input size, and the resume file."""
+    final = figures["input_size"] == validated.spec.input_size
+    training.stale = 0 if figures["val_loss"] < training.lowest_loss else training.stale + 1
+    training.lowest_loss = min(training.lowest_loss, figures["val_loss"])
+    better = training.best is None or figures["val_accuracy"] > training.best["val_accuracy"]
+    keep = final and (better or recipe.choose == "last")
+    if keep:
+        training.best = figures
+    if args.rank != 0:
+        return
+    print(f"epoch {figures['epoch']:3d}/{args.epochs}  {figures['input_size']} px  train loss "
+          f"{figures['train_loss']:.4f}  val loss {figures['val_loss']:.4f}  val accuracy "
+          f"{100 * figures['val_accuracy']:.2f} %  lr {figures['lr']:.6f}  {figures['seconds']:.0f} s  "
+          f"{figures['images_per_second']:.0f} images/s{'  *' if keep else ''}", flush=True)
+    with open(args.log, "a") as log:
+        log.write(json.dumps(figures) + "\n")
+    if keep:
+        about = {"epoch": figures["epoch"], "best": figures, "args": args.shown, "recipe": asdict(recipe)}
+        save_checkpoint(args.out, Checkpoint(validated.spec, validated.backbone.state_dict(), None, about))
+    save_atomically(training.state() | {"args": args.shown}, args.resume_file)
+
+
+def calibrate(val: Crops, args) -> Checkpoint:
+    """Fits the saved checkpoint's calibration to the validation crops and saves it again."""
+    checkpoint = load_checkpoint(args.out)
+    views = torch.cat([crop_views(part, checkpoint.spec.window, checkpoint.spec.input_size)
+                       for part in val.crops.split(256)])
+    logits = predict(checkpoint.classifier(args.device), views, args)
+    checkpoint.calibration = fit_calibration(logits, val.labels)
+    save_checkpoint(args.out, checkpoint)
+    return checkpoint
+
+
+def draw_losses(log: Path, path: Path) -> None:
+    """Training and validation loss, and validation accuracy, by epoch."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    epochs = [row["epoch"] for row in rows]
+    figure, left = plt.subplots(figsize=(8, 4.5))
+    left.plot(epochs, [row["train_loss"] for row in rows], label="train loss (augmented pictures)", color="tab:blue")
+    left.plot(epochs, [row["val_loss"] for row in rows], label="validation loss", color="tab:orange")
+    left.set_xlabel("epoch")
+    left.set_ylabel("cross-entropy")
+    right = left.twinx()
+    right.plot(epochs, [100 * row["val_accuracy"] for row in rows], label="validation accuracy", color="tab:green")
+    right.set_ylabel("validation accuracy, %")
+    for previous, row in zip(rows, rows[1:], strict=False):
+        if row["input_size"] != previous["input_size"]:
+            left.axvline(row["epoch"] - 0.5, color="grey", linewidth=0.8, linestyle=":")
+            left.annotate(f"{row['input_size']} px", (row["epoch"] - 0.4, left.get_ylim()[1]), va="top", fontsize=8)
+    lines = left.get_lines()[:2] + right.get_lines()
+    left.legend(lines, [line.get_label() for line in lines], loc="center right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse_args(argv: list[str] | None = None):
+    """Every default, and the mistakes that can be told before anything slow starts."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--data", nargs="+", default=["data/utk_races"],
+                        help="folders or CSV lists (image, class); several are trained on together")
+    parser.add_argument("--class_map", type=cli.class_map, default={}, metavar="FROM=TO,...", help="rename classes")
+    parser.add_argument("--out", default="checkpoints/resnet18_utk.pt")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="default")
+    parser.add_argument("--epochs", type=cli.positive_int, default=30)
+    parser.add_argument("--batch_size", type=cli.positive_int, default=64, help="pictures per process and step")
+    parser.add_argument("--lr", type=cli.positive_float, default=0.001)
+    parser.add_argument("--patience", type=cli.positive_int, default=20,
+                        help="stop after so many epochs without a lower validation loss")
+    parser.add_argument("--val_share", type=cli.fraction, default=0.06,
+                        help="validation share of a set without a val folder, split off by person")
+    parser.add_argument("--seed", type=cli.natural_int, default=2023)
+    parser.add_argument("--init", default="random", metavar="random|imagenet|FILE")
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
+    parser.add_argument("--device", type=cli.device, default="auto")
+    parser.add_argument("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes")
+    parser.add_argument("--vis_dir", default="visualizations", help="where validation_loss.png goes")
+    args = parser.parse_args(argv)
+    args.shown = {name: str(value) if name == "device" else value for name, value in vars(args).items()}
+    args.parser, args.out = parser, Path(args.out)
+    args.log = args.out.with_suffix(".log.jsonl")
+    args.resume_file = args.out.with_suffix(".resume.pt")
+    return args
+
+
+def check_outputs(args) -> None:
+    """Refuses to lose an earlier run, or to go on with one that was never begun."""
+    cli.output_folder(args.parser, "--out", args.out.parent)
+    if args.resume:
+        if not args.resume_file.is_file():
+            args.parser.error(f"--resume: there is no {args.resume_file} to go on from")
+    else:
+        cli.refuse_existing(args.parser, "--out", [args.out, args.resume_file], args.overwrite)
+        args.log.unlink(missing_ok=True)
+
+
+def main(args) -> None:
+    args.rank, args.world_size, args.device = start_distributed(args.device)
+    if args.rank == 0:
+        check_outputs(args)
+    recipe = RECIPES[args.recipe]
+    side = recipe.sizes[-1][1]
+    try:
+        train_sets, val_sets = read_sets(args)
+        spec = FaceSpec(train_sets[0].classes, TEMPLATE, recipe.window, side)
+        training = start_training(spec, recipe, args)
+    except FaceSetError as error:
+        args.parser.error(f"--data: {error}")
+    except CheckpointError as error:
+        args.parser.error(f"--init {args.init}: {error}")
+    train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train")
+    val = load_crops(val_sets, VAL_CROP, args, "validation")
+    args.on_device = args.device.type == "cuda" and fits(train.crops, args.device)
+    if args.resume:
+        training.restore(torch.load(args.resume_file, map_location=args.device, weights_only=True))
+    if args.rank == 0:
+        print(f"{len(train.labels)} training and {len(val.labels)} validation pictures of "
+              f"{', '.join(spec.classes)}; {args.device}, {training.amp_dtype or torch.float32}", flush=True)
+    try:
+        run_epochs(training, recipe, train, val, args)
+    except FloatingPointError as error:
+        args.parser.exit(1, f"{args.parser.prog}: {error}\n")
+    if args.rank == 0:
+        args.world_size = 1                                          # what is left is this process's alone
+        calibrate(val, args)
+        draw_losses(args.log, Path(args.vis_dir) / "validation_loss.png")
+        args.resume_file.unlink()
+        print(f"{args.out}: epoch {training.best['epoch']}, validation accuracy "
+              f"{100 * training.best['val_accuracy']:.2f} %")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fits(crops: Tensor, device: torch.device) -> bool:
+    """Whether the crops take at most half of the device's free memory."""
+    return crops.numel() < torch.cuda.mem_get_info(device)[0] / 2
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; --resume goes on after the last finished epoch") from None
