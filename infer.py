@@ -192,7 +192,7 @@ def read_reference(parser: cli.Parser, args, checkpoint: Checkpoint) -> FaceSet 
     return reference
 
 
-# -------------------------------------------------------------------------------------------- a run and its finished parts
+# ----------------------------------------------------------------------------------------- a run and its finished parts
 @dataclass
 class Run:
     """A run whose finished chunks lie in a folder of parts: <chunk>.csv (rows), .txt (lines) and .crops (raw RGB)."""
@@ -219,7 +219,7 @@ class RunError(Exception):
 
 
 def open_run(parser: cli.Parser, args, rank: int) -> Run:
-    """The run of these flags, new or resumed: rank 0 lists the pictures and the open chunks, all ranks agree on them."""
+    """The run of these flags, new or resumed; rank 0 lists the pictures and open chunks for all ranks."""
     todo, problem = None, ""
     if rank == 0:
         try:
@@ -377,7 +377,7 @@ def shown_faces(run: Run, classes: tuple[str, ...]) -> Iterator[tuple[np.ndarray
 
 def draw_grid(faces: list[tuple[np.ndarray, str, float]], args, path: Path) -> None:
     """One picture of up to n_vis_samples_per_pic crops under their answers and confidences."""
-    from matplotlib.figure import Figure                    # a second to import, and only grids need it
+    from matplotlib.figure import Figure  # a second to import, and only grids need it
     figure = Figure(figsize=(args.figsize_w, args.figsize_h), layout="tight")
     n_rows = args.n_vis_rows_per_pic
     panels = figure.subplots(n_rows, args.n_vis_samples_per_pic // n_rows, squeeze=False).flatten()

@@ -31,7 +31,7 @@ from models.classifier import FaceClassifier, FaceSpec
 from models.faceset import FaceSet, FaceSetError, align_set, read_faceset
 from models.metrics import confusion_matrix
 from models.mtcnn import MTCNN
-from models.ranks import start_distributed
+from models.ranks import leave_distributed, start_distributed
 
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 
@@ -444,6 +444,12 @@ def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, r
     save_atomically(training.state() | {"args": args.shown}, args.resume_file)
 
 
+def forget_unfinished(log: Path, epoch: int) -> None:
+    """Drops the log's lines after an epoch: a run stopped between log and resume file repeats that epoch."""
+    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+    log.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
+
+
 def calibrate(val: Crops, args) -> Checkpoint:
     """Fits the saved checkpoint's calibration to the validation crops and saves it again."""
     checkpoint = load_checkpoint(args.out)
@@ -523,7 +529,8 @@ def check_outputs(args) -> None:
         args.log.unlink(missing_ok=True)
 
 
-def main(args) -> None:
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     args.rank, args.world_size, args.device = start_distributed(args.device)
     if args.rank == 0:
         check_outputs(args)
@@ -542,6 +549,8 @@ def main(args) -> None:
     args.on_device = args.device.type == "cuda" and fits(train.crops, args.device)
     if args.resume:
         training.restore(torch.load(args.resume_file, map_location=args.device, weights_only=True))
+        if args.rank == 0:
+            forget_unfinished(args.log, training.epoch)
     if args.rank == 0:
         print(f"{len(train.labels)} training and {len(val.labels)} validation pictures of "
               f"{', '.join(spec.classes)}; {args.device}, {training.amp_dtype or torch.float32}", flush=True)
@@ -556,8 +565,7 @@ def main(args) -> None:
         args.resume_file.unlink()
         print(f"{args.out}: epoch {training.best['epoch']}, validation accuracy "
               f"{100 * training.best['val_accuracy']:.2f} %")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_distributed()
 
 
 def fits(crops: Tensor, device: torch.device) -> bool:
@@ -567,6 +575,6 @@ def fits(crops: Tensor, device: torch.device) -> bool:
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main()
     except KeyboardInterrupt:
         raise SystemExit("stopped; --resume goes on after the last finished epoch") from None

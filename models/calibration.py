@@ -91,6 +91,7 @@ def fit_slope_and_bias(logits: Tensor, labels: Tensor, with_bias: bool) -> tuple
     one_hot = torch.nn.functional.one_hot(labels, n_classes).double()
     identity = torch.eye(n_classes, dtype=torch.float64).expand(n, -1, -1)
     design = torch.cat([logits[:, :, None], identity], 2) if with_bias else logits[:, :, None]     # (n, C, k)
+    rows = design.flatten(0, 1)
     start = torch.zeros(design.shape[2], dtype=torch.float64)
     start[0] = 1.0
 
@@ -101,14 +102,14 @@ def fit_slope_and_bias(logits: Tensor, labels: Tensor, with_bias: bool) -> tuple
     theta = start
     for _ in range(100):
         probs = (design @ theta).softmax(1)
-        gradient = torch.einsum("nck,nc->k", design, probs - one_hot) + RIDGE * (theta - start)
-        mean = torch.einsum("nck,nc->nk", design, probs)
-        hessian = torch.einsum("nck,nc,ncl->kl", design, probs, design) - mean.T @ mean
+        gradient = rows.T @ (probs - one_hot).flatten() + RIDGE * (theta - start)
+        mean = (design * probs[:, :, None]).sum(1)                                                  # (n, k)
+        hessian = (rows * probs.view(-1, 1)).T @ rows - mean.T @ mean
         step = torch.linalg.solve(hessian + RIDGE * torch.eye(len(theta), dtype=torch.float64), gradient)
         if step.abs().max() < 1e-9:
             break
         size = 1.0
-        while size > 1e-6 and loss(theta - size * step) > loss(theta):
+        while size > 1e-6 and loss(theta - size * step) > loss(theta) + 1e-9:      # rounding is no ascent
             size /= 2
         theta = theta - size * step
     slope = max(theta[0].item(), 1e-3)          # logits that point the wrong way: close to no confidence at all

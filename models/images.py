@@ -100,8 +100,8 @@ class PhotoIndex:
         self.folder = Path(folder)
         about = json.loads((self.folder / "index.json").read_text())
         self.root, self.shards = about["root"], about["shards"]
-        self.row = struct.Struct("<qiiqq" if self.shards else "<qi")
-        self.length = (self.folder / "rows.bin").stat().st_size // self.row.size
+        self.row = row_format(self.shards)
+        self.length = (self.folder / "rows.bin").stat().st_size // struct.calcsize(self.row)
         self.handles, self.owner = {}, None
 
     def __len__(self) -> int:
@@ -125,7 +125,8 @@ class PhotoIndex:
         """Start and length of a name, and of a tar's member its shard, offset and size."""
         if not 0 <= i < self.length:
             raise IndexError(i)
-        return self.row.unpack(self.read(self.folder / "rows.bin", i * self.row.size, self.row.size))
+        size = struct.calcsize(self.row)
+        return struct.unpack(self.row, self.read(self.folder / "rows.bin", i * size, size))
 
     def name(self, i: int) -> str:
         """Name of a picture: its path below the folder, its line of the list, or shard/member."""
@@ -140,6 +141,11 @@ class PhotoIndex:
         return self.read(self.shards[shard], offset, size)
 
 
+def row_format(shards: list[str]) -> str:
+    """struct's format of a record of rows.bin."""
+    return "<qiiqq" if shards else "<qi"
+
+
 def index_photos(folder: str | Path, inputs: list[str] | None, in_list: str | None = None) -> PhotoIndex:
     """Writes the index of all pictures of the inputs into a folder, and opens it.
 
@@ -152,14 +158,13 @@ def index_photos(folder: str | Path, inputs: list[str] | None, in_list: str | No
         raise InputError(f"{' '.join(inputs)}: wants one folder that exists, or .tar shards")
     entries = (tar_members(shards) if shards else
                ((name,) for name in (list_lines(in_list) if in_list else walk_images(root))))
-    row, start = struct.Struct("<qiiqq" if shards else "<qi"), 0
-    folder = Path(folder)
+    row, start, folder = row_format(shards), 0, Path(folder)
     try:
         with open(folder / "names.bin", "wb") as names, open(folder / "rows.bin", "wb") as rows:
             for name, *member in entries:
                 encoded = os.fsencode(name)
                 names.write(encoded)
-                rows.write(row.pack(start, len(encoded), *member))
+                rows.write(struct.pack(row, start, len(encoded), *member))
                 start += len(encoded)
     except (PermissionError, FileNotFoundError, IsADirectoryError, tarfile.TarError) as error:
         raise InputError(f"{in_list or ' '.join(inputs)}: cannot be read ({error})") from None

@@ -24,10 +24,10 @@ def draw_faces(n: int, *, temperature: float = 1.0, bias=(0.0, 0.0, 0.0, 0.0), s
 
 def test_known_temperature_and_biases_are_recovered():
     bias = (0.6, -0.4, 0.1, -0.3)
-    logits, labels = draw_faces(20_000, temperature=1.8, bias=bias)
+    logits, labels = draw_faces(8_000, temperature=1.8, bias=bias)
     calibration = fit_calibration(logits, labels)
     assert calibration.temperature == pytest.approx(1.8, rel=0.05)
-    assert calibration.bias == pytest.approx(bias, abs=0.08)
+    assert calibration.bias == pytest.approx(bias, abs=0.12)
     probs = calibration.probs(logits)
     assert probs.dtype == torch.float32
     assert torch.allclose(probs.mean(0), torch.bincount(labels) / len(labels), atol=2e-3)     # as many as there are
@@ -140,10 +140,11 @@ def test_sets_cover_each_class(alpha):
     covered = torch.zeros(4)
     for seed in range(10):
         calibration = calibration_of(800, seed=2 * seed)
-        logits, labels = draw_faces(2000, seed=2 * seed + 1)
+        logits, labels = draw_faces(4000, seed=2 * seed + 1)
         sets = conformal_sets(logits.softmax(1), calibration, alpha)
         covered += torch.stack([sets[labels == k, k].float().mean() for k in range(4)]) / 10
-    assert ((covered - (1 - alpha)).abs() < 0.02).all()
+    chance = (alpha * (1 - alpha) / (10 * 200)) ** 0.5              # of ten quantiles, each of 200 faces of a class
+    assert ((covered - (1 - alpha)).abs() < 4 * chance).all()
 
 
 def test_sets_by_hand_and_of_little():

@@ -1,0 +1,53 @@
+"""Where the tests find real faces, and small sets of drawn ones."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def faces_data() -> Path:
+    """Folder with UTKFace.tar, FairFace_val.tar, wild.tar, ...: FACES_DATA, else ../shared/data beside the checkout.
+
+    Where there is none the test is skipped, or fails if FACES_REQUIRED is set.
+    """
+    folder = Path(os.environ.get("FACES_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "UTKFace.tar").is_file():
+        missing = f"no real faces: {folder} has no UTKFace.tar (set FACES_DATA)"
+        if os.environ.get("FACES_REQUIRED"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return folder
+
+
+def draw_crop(label: int, seed: int, side: int = 112) -> Image.Image:
+    """A drawn 'face' whose background colour tells its label, with noise: something a network learns at once."""
+    noise = np.random.default_rng([label, seed])
+    colour = np.array([(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60)][label % 4])
+    pixels = np.clip(colour + noise.normal(0, 25, (side, side, 3)), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(picture)
+    unit = side / 112
+    for x, y in ((38, 52), (74, 52), (56, 72), (42, 92), (71, 92)):
+        pen.ellipse([unit * (x - 4), unit * (y - 4), unit * (x + 4), unit * (y + 4)], fill=(20, 20, 20))
+    return picture
+
+
+@pytest.fixture
+def drawn_set(tmp_path) -> Path:
+    """A finished face set of drawn crops: train 40, val 16, test 16, in four classes, with its faceset.json."""
+    root = tmp_path / "drawn"
+    for split, n in (("train", 10), ("val", 4), ("test", 4)):
+        for label in range(4):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(n):
+                draw_crop(label, 100 * len(split) + i).save(folder / f"{label}_{i}.png")
+    (root / "faceset.json").write_text('{"classes": ["White", "Black", "Asian", "Indian"], "aligned": true}')
+    return root

@@ -1,0 +1,248 @@
+"""Listing and decoding: every picture is found in order, and decodes or says why not."""
+import io
+import os
+import pickle
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.images import (
+    InputError,
+    PhotoError,
+    PhotoIndex,
+    collate_photos,
+    decode_photo,
+    group_sizes,
+    index_photos,
+    list_images,
+    load_photos,
+    sort_names,
+    walk_images,
+)
+
+
+def picture(height=40, width=60, seed=0) -> Image.Image:
+    """A smooth random picture: what is upside down looks different."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def saved(image: Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- listing
+NAMES = ["a.jpg", "a/x.PNG", "a/b/y.webp", "a b/z z.jpeg", "ä/ö.tif", "new\nline.bmp", "z.avif", "a-1.jpg", "b.heic"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "in"
+    for name in [*NAMES, "notes.txt", "a/readme", os.fsdecode(b"bad\xff\xfe.jpg")]:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return root
+
+
+def test_all_types_are_listed_sorted_whatever_their_names(folder):
+    found = list_images(folder)
+    assert sorted(found) == sorted([*NAMES, os.fsdecode(b"bad\xff\xfe.jpg")])
+    assert found == sorted(found, key=os.fsencode)
+
+
+def test_links_are_followed_but_never_in_a_circle(folder):
+    os.symlink(folder / "a", folder / "link")
+    os.symlink(folder, folder / "a" / "up")
+    os.symlink(folder / "a" / "b", folder / "a" / "b" / "self")
+    os.symlink("nowhere.jpg", folder / "broken.jpg")
+    found = list_images(folder)
+    assert {"link/x.PNG", "broken.jpg"} <= set(found)
+    assert not any("up/" in path or "self/" in path for path in found)
+
+
+def test_sorting_on_disk_is_sorting():
+    names = [os.urandom(5).replace(b"\0", b"\n") for _ in range(1000)]
+    assert list(sort_names(names, held=64)) == sorted(names)
+    assert list(sort_names([], held=64)) == []
+
+
+def test_index_names_the_files_it_opens(folder, tmp_path):
+    index = index_photos(tmp_path, [str(folder)])
+    assert [index.name(i) for i in range(len(index))] == list_images(folder)
+    assert all(os.path.isfile(index[i]) for i in range(len(index)))
+    again = pickle.loads(pickle.dumps(index))
+    assert again[3] == index[3]
+    with pytest.raises(IndexError):
+        index[len(index)]
+
+
+def test_list_keeps_its_order_and_its_lines(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"z.jpg\r\n\nsub dir/a.jpg\nz.jpg\nbad\xff.png")
+    index = index_photos(tmp_path, ["root"], str(tmp_path / "list.txt"))
+    names = ["z.jpg", "sub dir/a.jpg", "z.jpg", os.fsdecode(b"bad\xff.png")]
+    assert [index.name(i) for i in range(len(index))] == names
+    assert index[0] == os.path.join("root", "z.jpg")
+
+
+def test_shards_give_the_bytes_of_their_members(tmp_path):
+    contents = {}
+    for shard in ("s-0.tar", "s-1.tar"):
+        with tarfile.open(tmp_path / shard, "w") as tar:
+            for name in ("0001.jpg", "0001.json", "ü/" + "long" * 60 + ".png"):
+                content = f"{shard} {name}".encode()
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                if not name.endswith("json"):
+                    contents[f"{shard}/{name}"] = content
+    (tmp_path / "index").mkdir()
+    index = index_photos(tmp_path / "index", [str(tmp_path / "s-*.tar")])
+    assert {index.name(i): index[i] for i in range(len(index))} == contents
+    assert index_photos(tmp_path / "index", [str(tmp_path / "s-1.tar"), str(tmp_path / "s-0.tar")])[0] == index[0]
+
+
+@pytest.mark.parametrize("inputs", [["nowhere"], ["none-*.tar"], ["list.txt"], ["empty"], ["empty", "list.txt"],
+                                    ["broken.tar"]])
+def test_inputs_without_pictures_say_so(tmp_path, monkeypatch, inputs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("")
+    (tmp_path / "broken.tar").write_text("no tar at all")
+    with pytest.raises(InputError, match=inputs[0].replace("*", r"\*")):
+        index_photos(tmp_path, inputs)
+
+
+def test_index_of_a_long_list_stays_on_disk(tmp_path):
+    with open(tmp_path / "list.txt", "w") as file:
+        file.writelines(f"folder/of/some/length/{i:09d}.jpg\n" for i in range(50_000))
+    tracemalloc.start()
+    index = index_photos(tmp_path, None, str(tmp_path / "list.txt"))
+    names = sum(len(index.name(i)) for i in range(0, len(index), 50))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert names == 1000 * len("folder/of/some/length/000000000.jpg")
+    assert peak < 1_000_000                                     # the names alone are 1.75 MB
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+def test_upright_by_every_exif_orientation():
+    shown = picture()
+    stored = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+              4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+              7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    expected, _ = decode_photo(saved(shown, "PNG"))
+    for orientation, turn in stored.items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        turned = shown.transpose(turn) if turn is not None else shown
+        got, scale = decode_photo(saved(turned, "PNG", exif=exif))
+        assert scale == 1 and torch.equal(got, expected), orientation
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb_bytes(mode):
+    grey = picture().convert("L")
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16 if mode == "I;16" else np.int32) * 257)
+    else:
+        image = grey.convert(mode)
+    form = "TIFF" if mode in ("CMYK", "F", "I") else "PNG"
+    got, _ = decode_photo(saved(image, form))
+    expected = torch.from_numpy(np.array(image.convert("L") if mode == "1" else grey)).expand(3, -1, -1)
+    assert got.dtype == torch.uint8 and got.shape == (3, 40, 60)
+    assert (got.int() - expected.int()).abs().max() <= 2
+
+
+def test_transparency_lies_on_white():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (decode_photo(saved(clear, "PNG"))[0] == 255).all()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([200, 0, 0] * 256)
+    assert (decode_photo(saved(palette, "PNG", transparency=0))[0] == 255).all()
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation(form):
+    content = saved(picture(seed=1), form, save_all=True, append_images=[picture(seed=2)])
+    got, _ = decode_photo(content)
+    assert got.shape == (3, 40, 60)
+    assert (got.float() - torch.from_numpy(np.array(picture(seed=1))).permute(2, 0, 1)).abs().mean() < 8
+
+
+def test_large_pictures_are_reduced_and_say_by_how_much():
+    for form in ("JPEG", "PNG"):
+        got, scale = decode_photo(saved(picture(400, 1000), form), max_side=300)
+        assert got.shape == (3, 120, 300) and scale == pytest.approx(0.3)
+    assert decode_photo(saved(picture(1, 900), "PNG"), max_side=300)[0].shape == (3, 1, 300)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", saved(picture(), "JPEG")[:300],
+                                     saved(picture(), "PNG")[:60]])
+def test_what_does_not_decode_says_why(content):
+    with pytest.raises(PhotoError) as caught:
+        decode_photo(content)
+    assert caught.value.status == "unreadable" and str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bomb_is_too_large(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for side in (40, 100):                                      # Pillow warns of the first, refuses the second
+        with pytest.raises(PhotoError) as caught:
+            decode_photo(saved(picture(side, side), "PNG"))
+        assert caught.value.status == "too_large"
+
+
+# ------------------------------------------------------------------------------------------------------------ batching
+def test_batches_hold_every_picture_once(tmp_path):
+    sizes = [(20, 30), (1, 1), (2000, 1500), (25, 25), (3000, 40), (20, 30), (40, 3000)]
+    photos = [saved(picture(*size), "PNG") for size in sizes]
+    photos.insert(2, b"broken")
+    batches = list(load_photos(photos, 4, 0))
+    seen = [position for batch in batches for position in batch.positions]
+    assert sorted(seen) == [0, 1, 3, 4, 5, 6, 7]
+    assert [failure[:2] for batch in batches for failure in batch.failures] == [(2, "unreadable")]
+    for batch in batches:
+        assert list(batch.sizes.shape) == [len(batch.positions), 2]
+        for position, image, size in zip(batch.positions, batch.images, batch.sizes.tolist(), strict=True):
+            alone = decode_photo(photos[position])[0]
+            assert list(alone.shape[1:]) == size
+            assert torch.equal(image[:, :size[0], :size[1]], alone)
+            assert image[:, size[0]:].sum() == 0 and image[:, :, size[1]:].sum() == 0
+
+
+def test_padding_is_bounded():
+    sizes = [(4000, 100), (100, 4000), (50, 50), (3000, 2000)] * 4
+    photos = [torch.empty(3, height, width, dtype=torch.uint8) for height, width in sizes]
+    groups = group_sizes(photos)
+    assert sorted(i for group in groups for i in group) == list(range(16))
+    for group in groups:
+        images, sizes = collate_photos([photos[i] for i in group])
+        assert images[:, 0].numel() <= max(4_000_000, 2 * sizes.prod(1).sum())
+    assert group_sizes([torch.empty(3, 112, 112)] * 5) == [[0, 1, 2, 3, 4]]
+
+
+def test_workers_change_nothing(tmp_path):
+    for i in range(10):
+        picture(20 + i, 30, seed=i).save(tmp_path / f"{i}.png")
+    photos = [str(tmp_path / name) for name in walk_images(tmp_path)]
+    for alone, shared in zip(load_photos(photos, 4, 0), load_photos(photos, 4, 2), strict=True):
+        assert alone.positions == shared.positions and torch.equal(alone.images, shared.images)
+    few = list(load_photos(photos, 4, 0, batches=[2]))
+    assert [batch.positions for batch in few] == [[8, 9]]
+
+
+def test_index_works_in_workers(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        picture(seed=i).save(tmp_path / "in" / f"{i}.png")
+    index = index_photos(tmp_path, [str(tmp_path / "in")])
+    index.name(0)                                               # its handles are open when the workers fork
+    assert sum(len(batch.positions) for batch in load_photos(PhotoIndex(tmp_path), 2, 2)) == 6
+    assert sum(len(batch.positions) for batch in load_photos(index, 2, 2)) == 6

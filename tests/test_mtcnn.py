@@ -1,0 +1,189 @@
+"""models/mtcnn.py: little and odd input, laws of a batch, and agreement with the reference on real pictures."""
+
+import csv
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from models.mtcnn import MTCNN, WEIGHTS, suppress_nested
+
+ASTRONAUT = Path(__file__).resolve().parent.parent / "facesets" / "samples" / "astronaut.jpg"
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return MTCNN()
+
+
+@pytest.fixture(scope="module")
+def astronaut():
+    return pixels_of(ASTRONAUT.read_bytes())
+
+
+def pixels_of(data):
+    """A picture's bytes -> (3, h, w) uint8 RGB, upright by its EXIF tag, transparency on white."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def collate(pictures):
+    """Pictures of any sizes -> images (B, 3, H, W), zero-padded right and below, and sizes (B, 2)."""
+    sizes = torch.tensor([picture.shape[1:] for picture in pictures])
+    images = torch.zeros(len(pictures), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    for image, picture in zip(images, pictures):
+        image[:, :picture.shape[1], :picture.shape[2]] = picture
+    return images, sizes
+
+
+def check_rows(faces, n_faces=None):
+    n = len(faces.boxes) if n_faces is None else n_faces
+    assert faces.boxes.shape == (n, 4) and faces.boxes.dtype == torch.float32
+    assert faces.scores.shape == (n,) and faces.scores.dtype == torch.float32
+    assert faces.landmarks.shape == (n, 5, 2) and faces.landmarks.dtype == torch.float32
+    assert faces.image_index.shape == (n,) and faces.image_index.dtype == torch.int64
+
+
+def test_weights_are_plain_tensors():
+    weights = torch.load(WEIGHTS, weights_only=True)
+    assert all(type(tensor) is torch.Tensor for tensor in weights.values())
+    assert WEIGHTS.with_name("mtcnn.LICENSE.txt").read_text().count("MIT License") == 1
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (19, 19), (20, 20), (12, 400)])
+def test_tiny_images_have_no_faces(detector, height, width):
+    images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    check_rows(detector.detect(images, torch.tensor([[height, width]] * 2)), 0)
+
+
+def test_empty_batch(detector):
+    images, sizes = torch.zeros(0, 3, 50, 50, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
+    check_rows(detector.detect(images, sizes), 0)
+
+
+def test_flat_pictures_and_noise(detector):
+    noise = torch.randint(0, 256, (3, 150, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures = [noise, torch.zeros_like(noise), torch.full_like(noise, 255), noise[:, :1, :1]]
+    check_rows(detector.detect(*collate(pictures)))
+
+
+def test_finds_the_astronaut(detector, astronaut):
+    faces = detector.detect(*collate([astronaut]))
+    check_rows(faces)
+    left_eye, right_eye, nose, left_mouth, right_mouth = faces.landmarks[0].tolist()
+    assert faces.scores[0] > 0.99
+    assert left_eye[0] < nose[0] < right_eye[0] and left_eye[1] < nose[1] < left_mouth[1]
+    assert left_mouth[0] < right_mouth[0]
+
+
+def test_a_picture_gives_the_same_alone_and_in_a_batch_of_eight(detector, astronaut):
+    top = astronaut[:, :260, 100:340]
+    pictures = [top[:, :200, :200], top, astronaut, top.flip(2), astronaut[:, ::2, ::2], top[:, 20:, 30:], top[:, :5, :5],
+                top[:, :200, :200].flip(2)]
+    batch = detector.detect(*collate(pictures))
+    assert torch.equal(batch.image_index, batch.image_index.sort().values)
+    for i, picture in enumerate(pictures):
+        alone, rows = detector.detect(*collate([picture])), batch.image_index == i
+        torch.testing.assert_close(batch.boxes[rows], alone.boxes, rtol=0, atol=0.01)
+        torch.testing.assert_close(batch.landmarks[rows], alone.landmarks, rtol=0, atol=0.01)
+        torch.testing.assert_close(batch.scores[rows], alone.scores, rtol=0, atol=1e-4)
+        assert torch.equal(alone.scores, alone.scores.sort(descending=True).values)
+
+
+def test_smallest_face_is_respected(detector, astronaut):
+    large = MTCNN(min_face_size=400)
+    check_rows(large.detect(*collate([astronaut[:, :260, 100:340]])), 0)
+
+
+def test_nested_boxes_are_suppressed_within_an_image_only():
+    boxes = torch.tensor([[0., 0, 99, 99], [10, 10, 30, 30], [200, 0, 299, 99], [10, 10, 30, 30]])
+    assert suppress_nested(boxes, torch.tensor([0, 0, 0, 1]), 0.7).tolist() == [0, 2, 3]
+
+
+def overlaps(a, b):
+    """IoU of boxes (n, 4) and (m, 4): (n, m)."""
+    shared = (np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])).clip(0).prod(2)
+    area_a, area_b = (a[:, 2:] - a[:, :2]).prod(1), (b[:, 2:] - b[:, :2]).prod(1)
+    return shared / (area_a[:, None] + area_b - shared)
+
+
+def read_pictures(folder, wanted):
+    """Decoded pictures {file: tensor} from archives in `folder`; wanted is {archive: set of member names}."""
+    pictures = {}
+    for archive, names in wanted.items():
+        if not (folder / archive).exists():
+            pytest.skip(f"{archive} is not in {folder}")
+        with tarfile.open(folder / archive) as tar:
+            for member in tar:
+                if member.name in names:
+                    pictures[member.name] = pixels_of(tar.extractfile(member).read())
+    return pictures
+
+
+def detect_each(detector, pictures):
+    """{file: (boxes, scores, landmarks)} as numpy, eight pictures at a time."""
+    names, found = list(pictures), {}
+    for start in range(0, len(names), 8):
+        part = names[start:start + 8]
+        faces = detector.detect(*collate([pictures[name] for name in part]))
+        for i, name in enumerate(part):
+            rows = faces.image_index == i
+            found[name] = faces.boxes[rows].numpy(), faces.scores[rows].numpy(), faces.landmarks[rows].numpy()
+    return found
+
+
+def sure_and_large(boxes, scores):
+    return (scores >= 0.95) & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= 40)
+
+
+@pytest.mark.real
+def test_agrees_with_the_reference(detector, faces_data):
+    with open(faces_data / "mtcnn_reference.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted, reference = {}, {}
+    for row in rows:
+        wanted.setdefault(row["archive"], set()).add(row["file"])
+        faces = reference.setdefault(row["file"], [])
+        if row["face"] != "-1":
+            faces.append([float(value) for value in list(row.values())[5:]])
+    n_reference = n_found = n_extra = 0
+    distances = []
+    for name, (boxes, scores, landmarks) in detect_each(detector, read_pictures(faces_data, wanted)).items():
+        theirs = np.array(reference[name], dtype=float).reshape(-1, 15)
+        overlap = overlaps(theirs[:, 1:5], boxes)
+        for i in sure_and_large(theirs[:, 1:5], theirs[:, 0]).nonzero()[0]:
+            n_reference += 1
+            if overlap[i].max(initial=0) >= 0.8:
+                n_found += 1
+                points = theirs[i, 5:].reshape(5, 2)
+                error = np.linalg.norm(landmarks[overlap[i].argmax()] - points, axis=1).mean()
+                distances.append(error / np.linalg.norm(points[0] - points[1]))
+        n_extra += (sure_and_large(boxes, scores) & (overlap.max(0, initial=0) < 0.8)).sum()
+    print(f"found {n_found} of {n_reference}, {n_extra} extra, landmarks {np.mean(distances):.2%}")
+    assert n_found / n_reference >= 0.99
+    assert n_extra / n_reference <= 0.02
+    assert np.mean(distances) <= 0.02
+
+
+@pytest.mark.real
+def test_agrees_with_annotated_landmarks(detector, faces_data):
+    with open(faces_data / "landmarks.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    pictures = read_pictures(faces_data, {"landmarks.tar": {"landmarks/" + row["file"] for row in rows}})
+    found, errors = detect_each(detector, pictures), []
+    for row in rows:
+        *points, interocular = [float(value) for value in list(row.values())[1:]]
+        landmarks = found["landmarks/" + row["file"]][2]
+        distance = np.linalg.norm(landmarks - np.reshape(points, (5, 2)), axis=2).mean(1) / interocular
+        errors.append(distance.min(initial=np.inf))
+    hits = [error for error in errors if error < 0.5]
+    print(f"missed {len(errors) - len(hits)} of {len(errors)}, error {np.mean(hits):.2%}")
+    assert len(errors) - len(hits) <= 2
+    assert np.mean(hits) <= 0.068

@@ -1,0 +1,46 @@
+"""The ranks' parts are the whole list, and merged parts are the whole file."""
+import os
+
+import pytest
+import torch
+
+from models.ranks import from_first, local_share, merge_parts, moved_in, my_part, start_distributed, wait_for_all
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 64, 1001])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_parts_are_the_whole_list_in_order(n, world_size):
+    parts = [my_part(n, rank, world_size) for rank in range(world_size)]
+    assert [i for part in parts for i in part] == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_process_is_the_plain_case(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert start_distributed(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    wait_for_all()
+    assert from_first("mine") == "mine"
+
+
+def test_cores_are_shared_among_local_ranks(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert local_share(8) == 2
+    assert local_share(2) == 1
+
+
+def test_merged_parts_follow_the_head(tmp_path):
+    parts = [tmp_path / f"{i}.part" for i in range(12)]
+    for i, part in enumerate(parts):
+        part.write_bytes(b"%d\n" % i * i)
+    merge_parts(parts, tmp_path / "whole", b"head\n")
+    assert (tmp_path / "whole").read_bytes() == b"head\n" + b"".join(part.read_bytes() for part in parts)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    target = tmp_path / "result"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), moved_in(target) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result"]

@@ -1,0 +1,186 @@
+"""train.py: the laws of its steps, and small runs of the command."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, draw_crop
+
+import train
+from models.align import TEMPLATE, crop_views
+from models.checkpoint import load_checkpoint
+from models.classifier import FaceSpec
+
+WINDOW = (14, 24, 98, 108)
+SMALL = train.Recipe(WINDOW, ((0.5, 32), (1.0, 40)), "cosine", 1, 0.05, 0.05, 0.3, 0.9, True, "best")
+
+
+@pytest.fixture
+def small_recipe(monkeypatch):
+    """The default recipe at sizes a test can afford, in float32, whose sums do not depend on a quick check."""
+    monkeypatch.setitem(train.RECIPES, "default", SMALL)
+    monkeypatch.setattr(train, "fastest_format", lambda *_: None)
+
+
+def run(*argv: str) -> None:
+    train.main([*argv, "--device", "cpu", "--workers", "0"])
+
+
+def weights(path) -> dict:
+    return load_checkpoint(path).model
+
+
+def test_plain_views_are_the_window_up_to_shift_and_flip():
+    crops = torch.full((3, 3, 112, 112), 90, dtype=torch.uint8)
+    views = train.random_views(crops, WINDOW, 48, True, torch.Generator().manual_seed(0))
+    assert views.shape == (3, 3, 48, 48) and views.min() >= 0 and views.max() <= 255
+    plain = train.random_views(crops, WINDOW, 48, False, torch.Generator().manual_seed(0))
+    assert torch.allclose(plain, torch.full_like(plain, 90.0))
+
+
+def test_each_picture_gets_its_own_draw_and_a_seed_repeats_it():
+    crops = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8).expand(4, -1, -1, -1)
+    first, again = (train.random_views(crops, WINDOW, 48, True, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first[0] - first[1]).abs().mean() > 5
+
+
+def test_a_warp_without_change_is_crop_views(monkeypatch):
+    monkeypatch.setattr(train, "uniform", lambda n, low, high, g: torch.zeros(n))
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))          # no flip
+    crops = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    views = train.random_views(crops, WINDOW, 84, False, torch.Generator())
+    assert (views.round() - crop_views(crops, WINDOW, 84).float()).abs().max() <= 1
+
+
+def test_learning_rate_warms_up_and_ends_at_nothing():
+    rates = [train.learning_rate(step, 10, 5, SMALL, 0.001) for step in range(50)]
+    assert rates[0] == pytest.approx(0.0001, rel=1e-3) and max(rates) <= 0.001 and rates[-1] < 0.00001
+    published = train.RECIPES["published"]
+    assert train.learning_rate(19 * 10, 10, 30, published, 0.001) == 0.001
+    assert train.learning_rate(20 * 10, 10, 30, published, 0.001) == pytest.approx(0.0001)
+
+
+def test_mix_up_keeps_the_sum_of_targets():
+    views, targets = torch.rand(4, 3, 8, 8), torch.eye(4)
+    mixed, mixed_targets = train.mix_up(views, targets, 0.7)
+    assert torch.allclose(mixed[1], 0.7 * views[1] + 0.3 * views[0])
+    assert torch.allclose(mixed_targets.sum(1), torch.ones(4))
+
+
+def test_average_follows_the_weights():
+    average, model = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2)
+    torch.nn.init.constant_(model.weight, 3.0)
+    train.update_average(average, model, 0.9, step=10_000)
+    assert torch.allclose(average.weight, torch.full((2,), 1.2))
+
+
+def test_persons_are_never_divided(tmp_path):
+    for label, name in enumerate(("Black", "White")):
+        for person in range(12):
+            folder = tmp_path / name / f"p{person}"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                draw_crop(label, i, 24).save(folder / f"{i}.png")
+    faces = train.read_faceset(tmp_path)
+    first, held = train.split_off(faces, 0.25, seed=1)
+    people = [{file.rsplit("/", 1)[0] for file in part.files} for part in (first, held)]
+    assert not people[0] & people[1] and len(people[1]) == 6 and len(held) == 18
+    assert set(held.labels.tolist()) == {0, 1}
+
+
+def test_every_picture_once_an_epoch_over_two_ranks():
+    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), torch.zeros(10))
+    seen = []
+    for rank in range(2):
+        args = train.parse_args(["--batch_size", "5"])
+        args.rank, args.world_size, args.device = rank, 2, torch.device("cpu")
+        seen += [label for _, labels in train.train_batches(data, 3, args) for label in labels.tolist()]
+    assert sorted(seen) == list(range(10))
+
+
+def test_resume_gives_the_run_that_never_stopped(drawn_set, tmp_path, small_recipe, monkeypatch):
+    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "4", "--vis_dir", str(tmp_path))
+    straight = (tmp_path / "a.log.jsonl").read_text().splitlines()
+    assert (tmp_path / "validation_loss.png").stat().st_size > 5000
+
+    real = train.finish_epoch
+
+    def killed_after_two(training, *rest):
+        real(training, *rest)
+        if training.epoch == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "finish_epoch", killed_after_two)
+    common = ["--data", str(drawn_set), "--out", str(tmp_path / "b.pt"), "--epochs", "4", "--vis_dir", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        run(*common)
+    monkeypatch.setattr(train, "finish_epoch", real)
+    run(*common, "--resume")
+    for key, value in weights(tmp_path / "a.pt").items():
+        assert torch.equal(value, weights(tmp_path / "b.pt")[key]), key
+    resumed = (tmp_path / "b.log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train_loss"] for line in resumed] == [json.loads(line)["train_loss"] for line in straight]
+    assert not (tmp_path / "b.resume.pt").exists()
+
+
+def test_it_learns_and_the_checkpoint_says_everything(drawn_set, tmp_path, small_recipe):
+    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "6", "--batch_size", "16",
+        "--vis_dir", str(tmp_path))
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    assert checkpoint.spec == FaceSpec(("White", "Black", "Asian", "Indian"), TEMPLATE, WINDOW, 40)
+    assert checkpoint.calibration.val_labels.shape == (16,)
+    rows = [json.loads(line) for line in (tmp_path / "a.log.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and rows[0]["input_size"] == 32 and rows[-1]["input_size"] == 40
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert checkpoint.about["best"]["val_accuracy"] == max(r["val_accuracy"] for r in rows if r["input_size"] == 40)
+
+
+def test_initialising_from_a_checkpoint(drawn_set, tmp_path, small_recipe):
+    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
+    model = train.FaceClassifier(load_checkpoint(tmp_path / "a.pt").spec)
+    train.initialise(model, str(tmp_path / "a.pt"))
+    assert torch.equal(model.backbone.fc.weight, weights(tmp_path / "a.pt")["fc.weight"])
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--data", "nowhere"], "--data: nowhere: no such folder"),
+    (["--init", "nowhere.pt", "--data", "DRAWN"], "--init nowhere.pt: no such file"),
+    (["--resume", "--data", "DRAWN"], "--resume: there is no"),
+    (["--epochs", "0"], "--epochs: wants a whole number of at least 1"),
+    (["--lr", "minus"], "--lr: wants a number above 0"),
+    (["--data", "DRAWN", "--class_map", "White=Black,Asian"], "--class_map: wants FROM=TO"),
+])
+def test_mistakes_are_one_line_and_exit_2(argv, said, drawn_set, tmp_path, capsys):
+    argv = [str(drawn_set) if word == "DRAWN" else word for word in argv] + ["--out", str(tmp_path / "c.pt")]
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_an_earlier_checkpoint_is_not_lost(drawn_set, tmp_path, capsys):
+    (tmp_path / "a.pt").write_bytes(b"precious")
+    with pytest.raises(SystemExit):
+        run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"))
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "a.pt").read_bytes() == b"precious"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(drawn_set, tmp_path, small_recipe, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--lr", "1e30", "--vis_dir", str(tmp_path))
+    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
+
+
+def test_two_ranks_by_torchrun(drawn_set, tmp_path):
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(ROOT / "train.py"),
+         "--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--device", "cpu", "--workers",
+         "0", "--vis_dir", str(tmp_path)], capture_output=True, text=True, env=environment, timeout=170)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "a.log.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 and math.isfinite(rows[0]["train_loss"])
+    assert load_checkpoint(tmp_path / "a.pt").calibration is not None
