@@ -59,7 +59,7 @@ class MTCNN(nn.Module):
         return self.decide(images, sizes, boxes, image_index)
 
     def propose(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Stage 1: square candidate boxes (n, 4) float32 and their image_index (n,), ascending, by P-Net over a pyramid."""
+        """Stage 1: square candidate boxes (n, 4) float32 and image_index (n,), ascending, by P-Net on a pyramid."""
         found = []
         for (height, width), index in group_by_size(sizes):
             levels = pyramid(height, width, self.min_face_size)

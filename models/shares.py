@@ -54,7 +54,8 @@ def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.nda
     class. Unconstrained, the estimate errs to both sides of the border as it does inside, and 95 % stays 95 %.
 
     *Repeated pictures* (rows equal to the last digit) err together, so they count for the estimate as often as they
-    are there, and for its uncertainty as the one picture they are.
+    are there, and for its uncertainty as the one picture they are. Rows rounded to six decimals or fewer are never
+    taken for repeated: among sure faces, equality then means nothing.
     """
     probs, val_probs, val_labels, own_probs, own_labels = check_inputs(probs, val_probs, val_labels, reference)
     n, n_classes = probs.shape
@@ -65,7 +66,7 @@ def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.nda
                    "source_low": [0.0] * n_classes, "source_high": [1.0] * n_classes}
         return {**report, "methods": {name: dict(nothing) for name in METHODS},
                 "fit": {"p_value": None}, "warning": ""}
-    faces, copies = np.unique(probs, axis=0, return_counts=True)
+    faces, copies = distinct_faces(probs)
     rng = np.random.default_rng(seed)
     model = ErrorModel(val_probs, val_labels, own_probs, own_labels)
     replicates = Replicates(model, faces, copies, n_boot, rng)
@@ -111,6 +112,14 @@ def check_labelled(name: str, probs, labels, n_classes: int) -> tuple[np.ndarray
         raise ValueError(f"shares: {name}_labels reach from {labels.min()} to {labels.max()}, "
                          f"there are {n_classes} classes")
     return probs, labels
+
+
+def distinct_faces(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different rows (u, C) of probs (n, C), and how often each is there (u,)."""
+    rounded = (abs(probs * 1e6 - np.rint(probs * 1e6)) < 1e-4).all(1)
+    keys = np.column_stack([probs, np.where(rounded, np.arange(len(probs)), -1)])
+    keys, copies = np.unique(keys, axis=0, return_counts=True)
+    return keys[:, :-1], copies
 
 
 # ------------------------------------------------------------------------------------------------------ the estimators
@@ -199,7 +208,7 @@ class Replicates:
         estimate = simplex_least_squares(model.class_means(model.probs), copies @ faces / n)
         # Half a face more of each class: one that seems absent is still there in some of the collections.
         self.centre = (n * estimate + 0.5) / (n + 0.5 * len(estimate))
-        posterior = faces / model.prior * self.centre
+        posterior = np.maximum(faces, FLOOR) / model.prior * self.centre
         posterior /= posterior.sum(1, keepdims=True)
         distinct = (copies @ posterior) / (copies ** 2 @ posterior)             # (C,), 1 where no picture repeats
         self.faces_per_class = n * self.centre * distinct

@@ -85,8 +85,8 @@ def test_finds_the_astronaut(detector, astronaut):
 
 def test_a_picture_gives_the_same_alone_and_in_a_batch_of_eight(detector, astronaut):
     top = astronaut[:, :260, 100:340]
-    pictures = [top[:, :200, :200], top, astronaut, top.flip(2), astronaut[:, ::2, ::2], top[:, 20:, 30:], top[:, :5, :5],
-                top[:, :200, :200].flip(2)]
+    pictures = [top[:, :200, :200], top, astronaut, top.flip(2), astronaut[:, ::2, ::2], top[:, 20:, 30:],
+                top[:, :5, :5], top[:, :200, :200].flip(2)]
     batch = detector.detect(*collate(pictures))
     assert torch.equal(batch.image_index, batch.image_index.sort().values)
     for i, picture in enumerate(pictures):

@@ -125,9 +125,9 @@ def test_order_of_the_faces_says_nothing(val, rng):
 
 # ------------------------------------------------------------------------------------------------------------ intervals
 def test_intervals_hold_the_truth_also_of_absent_classes(rng):
-    """Rates over 120 collections, each with a validation set of its own; three standard errors of 95 % are 6 points."""
+    """Rates over 100 collections, each with a validation set of its own; three standard errors of 95 % are 6.5 points."""
     held, absent = {name: [] for name in METHODS}, []
-    for number in range(120):
+    for number in range(100):
         shares = rng.dirichlet(np.ones(4))
         shares[rng.integers(4)] *= number % 2                               # every second lacks a class
         counts = rng.multinomial(300, shares / shares.sum())
@@ -136,8 +136,8 @@ def test_intervals_hold_the_truth_also_of_absent_classes(rng):
             held[name].append((np.array(entry["low"]) <= counts / 300) & (counts / 300 <= np.array(entry["high"])))
         absent.append(counts == 0)
     for name in ("adjusted", "probabilistic"):
-        assert (np.mean(held[name], 0) > 0.89).all(), name
-        assert np.array(held[name])[np.array(absent)].mean() > 0.89, name
+        assert (np.mean(held[name], 0) > 0.885).all(), name
+        assert np.array(held[name])[np.array(absent)].mean() > 0.885, name
         assert np.mean(held[name]) < 0.985, name                            # and are not simply wide
     assert np.mean(held["raw"]) < 0.8
 
@@ -170,12 +170,12 @@ def test_both_ways_of_resampling_draw_by_the_weights(rng):
         assert drawn.var(0) == pytest.approx(weights * (1 - weights) / size, rel=0.15)
 
 
-# -------------------------------------------------------------------------------------------------------- the assumption
+# ------------------------------------------------------------------------------------------------------- the assumption
 def test_warning_comes_when_faces_look_otherwise_and_seldom_else(val, rng):
     counts = (400, 200, 200, 200)
-    alike = [estimate_shares(draw_faces(counts, rng)[0], *val, n_boot=200)["fit"]["p_value"] for _ in range(15)]
+    alike = [estimate_shares(draw_faces(counts, rng)[0], *val, n_boot=200)["fit"]["p_value"] for _ in range(10)]
     assert np.mean(np.array(alike) < 0.1) < 0.35 and max(alike) > 0.3
-    report = estimate_shares(draw_faces(counts, rng, blur=1.7)[0], *val, n_boot=200)
+    report = estimate_shares(draw_faces(counts, rng, blur=2.2)[0], *val, n_boot=200)
     assert report["fit"]["p_value"] < 0.01
     assert "do not look like the validation pictures" in report["warning"]
     assert report["warning"] in format_shares(report, CLASSES)
@@ -198,7 +198,7 @@ def test_reference_may_lack_a_class(val, rng):
     assert sum(report["methods"]["probabilistic"]["shares"]) == pytest.approx(1)
 
 
-# ------------------------------------------------------------------------------------------------------ little and wrong
+# ----------------------------------------------------------------------------------------------------- little and wrong
 @pytest.mark.parametrize("n", [0, 1, 2, 5])
 def test_few_faces(val, rng, n, tmp_path):
     report = estimate_shares(draw_faces((n, 0, 0, 0), rng)[0], *val, n_boot=50)
@@ -225,7 +225,7 @@ def test_mistakes_are_named(val):
         estimate_shares(probs * 2, probs, labels)
 
 
-# --------------------------------------------------------------------------------------------------------- the benchmark
+# -------------------------------------------------------------------------------------------------------- the benchmark
 def test_redealing_keeps_sizes_and_faces(val, rng):
     redeal = load_benchmark().redeal
     test = draw_faces((90, 80, 70, 60), rng)

@@ -1,0 +1,57 @@
+"""An unfinished run: a folder of its finished parts and what was asked of it, begun anew or resumed."""
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from models.cli import Parser
+from models.images import InputError
+from models.ranks import from_first
+
+
+class PartsError(Exception):
+    """Why a run cannot be begun or resumed, in a line that names the flag."""
+
+
+def open_parts(parser: Parser, folder: Path, asked: dict, begin: Callable[[Path], None], rank: int, *, resume: bool,
+               overwrite: bool) -> None:
+    """Makes the folder of parts and lets begin(folder) fill it, or finds it again; rank 0 does so for all ranks.
+
+    asked: all flags that decide what a part holds (values as JSON knows them); a run is resumed with the same only.
+    What begin or the folder raise, InputError or PartsError, ends every rank with one line; a folder made for
+    nothing is gone then.
+    """
+    problem = ""
+    if rank == 0:
+        try:
+            prepare(folder, asked, begin, resume, overwrite)
+        except (InputError, PartsError) as error:
+            problem = str(error)
+    if problem := from_first(problem):
+        parser.error(problem) if rank == 0 else parser.exit(2)
+
+
+def prepare(folder: Path, asked: dict, begin: Callable[[Path], None], resume: bool, overwrite: bool) -> None:
+    """What open_parts does, for the one process that does it."""
+    asked = json.loads(json.dumps(asked))                       # tuples become lists, as they come back from the file
+    if resume and (folder / "run.json").exists():
+        begun = json.loads((folder / "run.json").read_text())
+        if differing := [name for name in asked if begun.get(name) != asked[name]]:
+            raise PartsError(f"--resume: the run in {folder} was begun with another --{differing[0]} "
+                             f"({begun.get(differing[0])}, now {asked[differing[0]]})")
+        return
+    if folder.exists() and not (overwrite or resume):
+        raise PartsError(f"{folder} holds an unfinished run; --resume finishes it, --overwrite begins anew")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        begin(folder)
+        (folder / "run.json").write_text(json.dumps(asked))
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def part_path(folder: Path, chunk: int, kind: str) -> Path:
+    """File of what a chunk of the list gave; kind is its extension."""
+    return folder / f"{chunk:06d}.{kind}"
