@@ -177,13 +177,14 @@ def draw_figure(rows: list[dict], classes, path: Path) -> None:
             some = [row for row in mine if row["method"] == DEFAULT and row["class"] == name]
             axes[1, column].plot([row["n"] for row in some], [row["coverage"] for row in some], "o-", label=name)
         axes[1, column].axhspan(93, 97, color="0.9", zorder=0)
-        axes[0, column].set(title=source, xscale="log", ylim=(0, None))
+        axes[0, column].set(title=source, xscale="log")
         sizes = sorted({row["n"] for row in mine})
         axes[1, column].set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes[1, column].minorticks_off()
         axes[1, column].set(xlabel="faces in the collection", ylim=(0, 101))
-    axes[0, 0].set_ylabel("mean absolute error of a share, points")
-    axes[1, 0].set_ylabel(f"coverage of {DEFAULT}'s 95 % interval, %")
+    axes[0, 0].set_ylim(bottom=0)                       # shared by the row, so set when all is drawn
+    axes[0, 0].set_ylabel("mean absolute error, points")
+    axes[1, 0].set_ylabel(f"95 % interval, {DEFAULT}:\ncoverage, %")
     axes[0, 0].legend(fontsize=8)
     axes[1, 0].legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -28,7 +28,7 @@ from tqdm import tqdm  # noqa: E402
 
 from models import cli  # noqa: E402
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces  # noqa: E402
-from models.images import PhotoBatch, PhotoError, PhotoIndex, index_photos, load_photos  # noqa: E402
+from models.images import InputError, PhotoBatch, PhotoError, PhotoIndex, index_photos, load_photos  # noqa: E402
 from models.mtcnn import MTCNN, Faces  # noqa: E402
 from models.parts import PartsError, open_parts, part_path  # noqa: E402
 from models.pipeline import (  # noqa: E402
@@ -116,13 +116,16 @@ def load_detector(parser: cli.Parser, args) -> torch.nn.Module:
 
 
 def begin(args, folder: Path) -> None:
-    """Indexes the photographs, if nothing in the output folder would be lost. Raises InputError or PartsError."""
+    """Indexes the photographs, if nothing in the output folder would be lost. Raises PartsError."""
     if not (args.overwrite or args.check_exists or args.resume):
         there = [name for name in os.listdir(args.out_dir) if not name.startswith(".") and name != PARTS]
         if there:
             raise PartsError(f"--out_dir {args.out_dir} is not empty ({min(there)}); --check_exists adds what is "
                              "missing, --overwrite replaces crops")
-    index_photos(folder, args.in_dir, args.in_list)
+    try:
+        index_photos(folder, args.in_dir, args.in_list)
+    except InputError as error:
+        raise PartsError(f"{'--in_list' if args.in_list else '--in_dir'} {error}") from None
 
 
 def run_flags(args) -> dict:

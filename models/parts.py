@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from models.cli import Parser
-from models.images import InputError
 from models.ranks import from_first
 
 
@@ -18,14 +17,14 @@ def open_parts(parser: Parser, folder: Path, asked: dict, begin: Callable[[Path]
     """Makes the folder of parts and lets begin(folder) fill it, or finds it again; rank 0 does so for all ranks.
 
     asked: all flags that decide what a part holds (values as JSON knows them); a run is resumed with the same only.
-    What begin or the folder raise, InputError or PartsError, ends every rank with one line; a folder made for
-    nothing is gone then.
+    A PartsError, of begin or of the folder found, ends every rank with one line; a folder made for nothing is gone
+    then.
     """
     problem = ""
     if rank == 0:
         try:
             prepare(folder, asked, begin, resume, overwrite)
-        except (InputError, PartsError) as error:
+        except PartsError as error:
             problem = str(error)
     if problem := from_first(problem):
         parser.error(problem) if rank == 0 else parser.exit(2)

@@ -187,8 +187,8 @@ def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], T
     """Rows and views of finished crops, of any resolution; a picture that is not square cannot be one."""
     square = batch.sizes[:, 0] == batch.sizes[:, 1]
     crops = take(batch, square)
-    views = cut_crops(crops.images, crops, spec.window, spec.input_size)
-    shown = cut_crops(crops.images, crops, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(views)
+    views = cut_crops(crops.images, crops.sizes, spec.window, spec.input_size)
+    shown = cut_crops(crops.images, crops.sizes, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(views)
     rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
     for i in (~square).nonzero()[:, 0].tolist():
         height, width = batch.sizes[i].tolist()

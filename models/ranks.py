@@ -65,7 +65,7 @@ def local_share(n: int) -> int:
 def moved_in(path: str | Path) -> Iterator[Path]:
     """A place beside `path` to write to; what lies there at the end is moved to `path`, whole or not at all."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")      # its ending tells writers the format
     try:
         yield beside
         os.replace(beside, path)

@@ -48,10 +48,11 @@ def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.nda
     *Intervals.* A replicate draws a composition near the estimated one, then for each class as many validation faces
     as it says: a collection whose true shares are known. The validation faces are drawn anew too, class by class, and
     the estimator corrects the one by the other. What it misses by makes the interval, laid about the estimate *before*
-    it is forced onto the simplex, then cut at 0 and 1. Measured on simulated faces (benchmarks/shares.py): resampling
-    the rows of `probs`, the usual bootstrap, says where shares of the *source* lie and covers those of the faces at
-    hand in 99 % of the cases instead of 95; and percentiles of estimates on the simplex pile up at 0 for an absent
-    class. Unconstrained, the estimate errs to both sides of the border as it does inside, and 95 % stays 95 %.
+    it is forced onto the simplex, then cut at 0 and 1. For two reasons. An
+    interval for the *source*, which resampling the rows of `probs` would give, is too wide for the faces at hand: it
+    held their shares in 160 of 160 simulated cases. And an estimate on the simplex piles up at 0 for an absent class,
+    where its percentiles mean little; unconstrained, it errs to both sides of the border as it does inside. Simulated
+    coverage of the default: 96.0, 94.4 and 95.3 % at 200, 1,000 and 5,000 faces; of absent classes 98.0, 96.5, 98.8 %.
 
     *Repeated pictures* (rows equal to the last digit) err together, so they count for the estimate as often as they
     are there, and for its uncertainty as the one picture they are. Rows rounded to six decimals or fewer are never
@@ -413,10 +414,13 @@ def draw_shares(reports: dict[str, dict], classes, path) -> None:
             entry = report["methods"][report["default"]]
             colour = "tab:red" if report["warning"] else "tab:blue"
             axis.plot([100 * entry["low"][k], 100 * entry["high"][k]], [row, row], color=colour, linewidth=2)
-            axis.plot(100 * entry["shares"][k], row, "o", color=colour, label="estimate, 95 % interval")
+            axis.plot(100 * entry["shares"][k], row, "o", color=colour,
+                      label="estimate, 95 % interval; red where the faces do not fit validation's")
             axis.plot(100 * report["methods"]["raw"]["shares"][k], row, "x", color="0.35", label="raw count")
         axis.set(title=label, xlim=(-3, 103), xticks=(0, 50, 100), xlabel="%")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [f"{name} (n = {reports[name]['n']})" for name in names])
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    axes[0].set_ylim(max(1, len(names)) - 0.5, -0.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -125,7 +125,7 @@ def test_order_of_the_faces_says_nothing(val, rng):
 
 # ------------------------------------------------------------------------------------------------------------ intervals
 def test_intervals_hold_the_truth_also_of_absent_classes(rng):
-    """Rates over 100 collections, each with a validation set of its own; three standard errors of 95 % are 6.5 points."""
+    """Rates over 100 collections, each with a validation set of its own; three standard errors are 6.5 points."""
     held, absent = {name: [] for name in METHODS}, []
     for number in range(100):
         shares = rng.dirichlet(np.ones(4))

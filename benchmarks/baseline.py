@@ -1,0 +1,298 @@
+"""What benchmarks/run.py compares with: the same work one picture at a time, as the tools of the field do it.
+
+The original MTCNN procedure (a pyramid of factor 0.707, a Python loop over its levels, candidates cut out one by one,
+suppression in numpy), a loop that classifies file after file in batches of one, a training loop that decodes every
+picture anew in the main process, and a builder of two such processes. Networks are loaded once and have the weights of
+the fast path, all in contiguous float32; nothing is left out, slowed down or repeated to make a comparison look better.
+"""
+import csv
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.models import resnet18
+
+from models.align import WHOLE, align_faces, crop_views
+from models.checkpoint import Checkpoint
+from models.faceset import central_face
+from models.images import PhotoError, decode_photo
+from models.mtcnn import WEIGHTS, Faces, build_onet, build_pnet, build_rnet, logit
+
+THRESHOLDS = (0.6, 0.7, 0.8)        # least scores of P-, R- and O-Net
+PROCESSES = 2                       # of the plain builder, with a thread each
+PATIENCE = 600                      # seconds in which they must have started
+
+
+# ----------------------------------------------------------------------------------------------------------- detection
+class PlainMTCNN:
+    """The original MTCNN procedure: one picture, one pyramid level, one candidate after another.
+
+    Scores stay logits until the end, as in models/mtcnn.py: their order is that of the probabilities.
+    """
+
+    def __init__(self, min_face_size: float = 20, device: torch.device | str = "cpu"):
+        self.min_face_size, self.device = min_face_size, torch.device(device)
+        weights = torch.load(WEIGHTS, map_location="cpu", weights_only=True)
+        self.pnet, self.rnet, self.onet = (plain_network(build, name, weights).to(self.device) for name, build in
+                                           (("pnet", build_pnet), ("rnet", build_rnet), ("onet", build_onet)))
+
+    @torch.inference_mode()
+    def detect(self, photo: Tensor) -> Faces:
+        """Faces of a picture (3, h, w) uint8 RGB, by descending score, on the CPU; image_index is 0 throughout."""
+        pixels = photo[None].to(self.device).float()
+        boxes = self.propose(pixels)
+        boxes = self.refine(pixels, boxes)
+        boxes, scores, landmarks = self.decide(pixels, boxes)
+        return Faces(torch.from_numpy(boxes).float(), torch.from_numpy(scores).float().sigmoid(),
+                     torch.from_numpy(landmarks).float(), torch.zeros(len(boxes), dtype=torch.int64))
+
+    def propose(self, pixels: Tensor) -> np.ndarray:
+        """Square candidate boxes (n, 4) that P-Net finds on the levels of the pyramid."""
+        height, width = pixels.shape[2:]
+        scale, found = 12 / self.min_face_size, []
+        while min(height, width) * scale > 12:
+            size = (math.ceil(height * scale), math.ceil(width * scale))
+            level = F.interpolate(pixels, size, mode="bilinear", align_corners=False).round()
+            maps = self.pnet((level - 127.5) / 128)[0].cpu().numpy()                            # (5, h', w')
+            rows, columns = np.nonzero(maps[0] > logit(THRESHOLDS[0]))
+            corner = np.stack([columns, rows], 1) * 2 + 1
+            boxes = np.concatenate([corner, corner + 12], 1) / scale
+            cells = np.concatenate([boxes.round(), maps[:, rows, columns].T], 1)                # (n, 9)
+            found.append(cells[suppress(cells[:, :4], cells[:, 4], 0.5)])
+            scale *= 0.707
+        cells = np.concatenate(found) if found else np.zeros((0, 9))
+        cells = cells[suppress(cells[:, :4], cells[:, 4], 0.7)]
+        return squared(shift(cells[:, :4], cells[:, 5:]))
+
+    def refine(self, pixels: Tensor, boxes: np.ndarray) -> np.ndarray:
+        """The candidates that R-Net believes, moved and made square again."""
+        answers = self.ask(self.rnet, pixels, boxes, 24)
+        boxes = clipped(boxes, pixels)
+        keep = np.nonzero(answers[:, 0] > logit(THRESHOLDS[1]))[0]
+        keep = keep[suppress(boxes[keep], answers[keep, 0], 0.7)]
+        return squared(shift(boxes[keep], answers[keep, 1:]))
+
+    def decide(self, pixels: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes (n, 4), logits (n,) and landmarks (n, 5, 2) of the candidates that O-Net believes, best first."""
+        answers = self.ask(self.onet, pixels, boxes, 48)
+        boxes = clipped(boxes, pixels)
+        side = boxes[:, 2:] - boxes[:, :2] + 1
+        points = answers[:, 5:].reshape(-1, 2, 5).transpose(0, 2, 1)
+        landmarks = boxes[:, None, :2] + side[:, None] * points
+        keep = np.nonzero(answers[:, 0] > logit(THRESHOLDS[2]))[0]
+        boxes, scores, landmarks = shift(boxes[keep], answers[keep, 1:5]), answers[keep, 0], landmarks[keep]
+        keep = suppress(boxes, scores, 0.7, of_smaller=True)
+        return boxes[keep], scores[keep], landmarks[keep]
+
+    def ask(self, network: nn.Module, pixels: Tensor, boxes: np.ndarray, side: int) -> np.ndarray:
+        """R-Net's answers (n, 5) or O-Net's (n, 15), all candidates of the picture in one call."""
+        crops = [cut_out(pixels, box, side) for box in boxes.astype(int).tolist()]
+        if not crops:
+            return np.zeros((0, 15))
+        return network((torch.cat(crops) - 127.5) / 128).cpu().numpy().astype(float)
+
+
+def plain_network(build: Callable[[], nn.Sequential], name: str, weights: dict[str, Tensor]) -> nn.Sequential:
+    """One of MTCNN's networks with its weights, in the contiguous layout."""
+    network = build()
+    network.load_state_dict({key.removeprefix(f"{name}."): value for key, value in weights.items()
+                             if key.startswith(f"{name}.")})
+    return network.eval().requires_grad_(False)
+
+
+def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, of_smaller: bool = False) -> np.ndarray:
+    """Indices of the boxes (n, 4) that stay, best first; overlap is IoU, or intersection over the smaller box."""
+    x1, y1, x2, y2 = boxes.T
+    area = (x2 - x1 + 1) * (y2 - y1 + 1)
+    order, kept = np.argsort(-scores, kind="stable"), []
+    while len(order):
+        best, others = order[0], order[1:]
+        kept.append(best)
+        width = np.minimum(x2[best], x2[others]) - np.maximum(x1[best], x1[others]) + 1
+        height = np.minimum(y2[best], y2[others]) - np.maximum(y1[best], y1[others]) + 1
+        shared = np.maximum(width, 0) * np.maximum(height, 0)
+        whole = np.minimum(area[best], area[others]) if of_smaller else area[best] + area[others] - shared
+        order = others[shared / whole <= threshold]
+    return np.array(kept, dtype=int)
+
+
+def shift(boxes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Boxes (n, 4) moved by offsets (n, 4), fractions of their sides."""
+    side = boxes[:, 2:] - boxes[:, :2] + 1
+    return boxes + offsets * np.concatenate([side, side], 1)
+
+
+def squared(boxes: np.ndarray) -> np.ndarray:
+    """The squares about boxes (n, 4), same centres, on whole pixels."""
+    side = boxes[:, 2:] - boxes[:, :2] + 1
+    longest = side.max(1, keepdims=True)
+    corner = boxes[:, :2] + side / 2 - longest / 2
+    return np.concatenate([corner, corner + longest - 1], 1).round()
+
+
+def clipped(boxes: np.ndarray, pixels: Tensor) -> np.ndarray:
+    """Boxes (n, 4) without what lies outside the picture (1, 3, h, w)."""
+    height, width = pixels.shape[2:]
+    return np.concatenate([boxes[:, :2].clip(min=0), np.minimum(boxes[:, 2:], [width - 1, height - 1])], 1)
+
+
+def cut_out(pixels: Tensor, box: list[int], side: int) -> Tensor:
+    """One box of a picture (1, 3, h, w), black outside it, resized: (1, 3, side, side)."""
+    height, width = pixels.shape[2:]
+    x1, y1, x2, y2 = box
+    cut = pixels.new_zeros(1, 3, y2 - y1 + 1, x2 - x1 + 1)
+    left, top, right, bottom = max(x1, 0), max(y1, 0), min(x2, width - 1), min(y2, height - 1)
+    if left <= right and top <= bottom:
+        cut[:, :, top - y1:bottom - y1 + 1, left - x1:right - x1 + 1] = pixels[:, :, top:bottom + 1, left:right + 1]
+    return F.interpolate(cut, (side, side), mode="bilinear", align_corners=False)
+
+
+def align_one(photo: Tensor, faces: Faces, window: tuple, side: int) -> Tensor:
+    """Views (n, 3, side, side) uint8 of the faces of one picture (3, h, w) uint8."""
+    return align_faces(photo[None], torch.tensor([photo.shape[1:]]), faces.image_index, faces.landmarks, window, side)
+
+
+# ------------------------------------------------------------------------------------------------------ classification
+class PlainClassifier:
+    """The checkpoint's ResNet-18 as torchvision builds it, on one view at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
+        self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, torch.device(device)
+        self.network = resnet18(num_classes=len(self.spec.classes))
+        self.network.load_state_dict(checkpoint.model)
+        self.network.eval().requires_grad_(False).to(self.device)
+        self.normalise = transforms.Normalize(self.spec.mean, self.spec.std)
+
+    @torch.inference_mode()
+    def probs(self, view: Tensor) -> list[float]:
+        """A view (3, S, S) uint8 -> its C probabilities."""
+        logits = self.network(self.normalise(view.float() / 255)[None].to(self.device))
+        return self.checkpoint.probs(logits)[0].tolist()
+
+
+def label_crops(paths: list[Path], out: Path, classifier: PlainClassifier) -> None:
+    """Decodes one finished crop, classifies it and appends its row to a CSV, then the next."""
+    spec = classifier.spec
+    with open(out, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns(spec.classes))
+        for path in paths:
+            with Image.open(path) as image:
+                crop = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            probs = classifier.probs(crop_views(crop[None], spec.window, spec.input_size)[0])
+            rows.writerow(row_of(path, spec.classes, probs))
+
+
+def label_photos(paths: list[Path], out: Path, detector: PlainMTCNN, classifier: PlainClassifier) -> None:
+    """Detects, aligns and classifies the largest face of one photograph and appends its row, then the next."""
+    spec = classifier.spec
+    with open(out, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns(spec.classes))
+        for path in paths:
+            try:
+                photo, _ = decode_photo(path, 3000)
+            except PhotoError as error:
+                rows.writerow([path.name, error.status])
+                continue
+            faces = detector.detect(photo)
+            if not len(faces.boxes):
+                rows.writerow([path.name, "no_face"])
+                continue
+            largest = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1).argmax().view(1)
+            face = Faces(faces.boxes[largest], faces.scores[largest], faces.landmarks[largest], torch.zeros(1).long())
+            view = align_one(photo, face, spec.window, spec.input_size)[0]
+            rows.writerow(row_of(path, spec.classes, classifier.probs(view)))
+
+
+def columns(classes: tuple[str, ...]) -> list[str]:
+    """The columns of the plain table, names as in predictions.csv."""
+    return ["file", "status", "ethnicity", *(f"p_{name}" for name in classes)]
+
+
+def row_of(path: Path, classes: tuple[str, ...], probs: list[float]) -> list:
+    """The row of a face."""
+    return [path.name, "ok", classes[int(np.argmax(probs))], *(f"{p:.6f}" for p in probs)]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+class PlainFolder(Dataset):
+    """Pictures decoded and augmented when they are asked for: (view (3, S, S) float32, label)."""
+
+    def __init__(self, paths: list[str], labels: Tensor, side: int):
+        self.paths, self.labels = paths, labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.Resize(round(side * 128 / 112)), transforms.RandomCrop(side), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        with Image.open(self.paths[i]) as image:
+            return self.transform(image.convert("RGB")), self.labels[i]
+
+
+class PlainTraining:
+    """A training loop as tutorials have it: one process, float32, contiguous, every picture decoded every epoch."""
+
+    def __init__(self, n_classes: int, side: int, batch_size: int, device: torch.device):
+        torch.manual_seed(0)
+        self.network = resnet18(num_classes=n_classes).to(device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=0.001)
+        self.side, self.batch_size, self.device = side, batch_size, device
+
+    def epoch(self, paths: list[str], labels: Tensor) -> float:
+        """One pass over some pictures; their mean loss."""
+        self.network.train()
+        loader = DataLoader(PlainFolder(paths, labels, self.side), self.batch_size, shuffle=True)
+        total = 0.0
+        for views, targets in loader:
+            loss = F.cross_entropy(self.network(views.to(self.device)), targets.to(self.device))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            total += loss.item() * len(targets)
+        return total / len(paths)
+
+
+# ------------------------------------------------------------------------------------------------------------- builder
+def build(chips: list[str], folder: Path, min_face_size: float, side: int) -> float:
+    """Seconds in which two processes, side by side, write the aligned crops of chips; starting them is not counted."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(PROCESSES + 1)
+    processes = [context.Process(target=build_part, args=(chips[k::PROCESSES], folder, min_face_size, side, ready))
+                 for k in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    ready.wait(PATIENCE)
+    start = time.perf_counter()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError("a process of the plain builder failed")
+    return time.perf_counter() - start
+
+
+def build_part(chips: list[str], folder: Path, min_face_size: float, side: int, ready) -> None:
+    """Detects and aligns the most central face of each chip and writes its crop; a chip without a face has none."""
+    torch.set_num_threads(1)
+    detector = PlainMTCNN(min_face_size)
+    ready.wait(PATIENCE)
+    for chip in chips:
+        photo, _ = decode_photo(chip)
+        faces = detector.detect(photo)
+        row = central_face(faces, torch.tensor([photo.shape[1:]]))
+        if row >= 0:
+            face = Faces(faces.boxes[row], faces.scores[row], faces.landmarks[row], torch.zeros(1, dtype=torch.int64))
+            crop = align_one(photo, face, WHOLE, side)[0].permute(1, 2, 0).numpy()
+            Image.fromarray(crop).save(folder / Path(chip).name, "JPEG", quality=95, subsampling=0)
