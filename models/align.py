@@ -88,15 +88,15 @@ def render(image: Tensor, to_photo: Tensor, window: tuple, side: int, size: Tens
 
 
 def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: Tensor, window: tuple,
-                side: int) -> Tensor:
+                side: int, template: tuple = TEMPLATE) -> Tensor:
     """Window of the template of every face, rendered straight from its photograph in one resampling.
 
     images (B, 3, H, W) uint8, zero-padded right and below; sizes (B, 2) int64 true (height, width);
-    image_index (n,) int64 and landmarks (n, 5, 2) float32 xy pixels as MTCNN.detect gives them.
+    image_index (n,) int64 and landmarks (n, 5, 2) float32 xy pixels as MTCNN.detect gives them; template: where the
+    landmarks belong, a checkpoint's own.
     Returns views (n, 3, side, side) uint8; n may be 0. What lies outside a photograph repeats its edge.
     """
-    template = torch.tensor(TEMPLATE, device=images.device)
-    to_photo = invert_similarity(fit_similarity(landmarks, template))
+    to_photo = invert_similarity(fit_similarity(landmarks, torch.tensor(template, device=images.device)))
     views = torch.empty(len(landmarks), 3, side, side, dtype=torch.uint8, device=images.device)
     for i in image_index.unique().tolist():
         rows = (image_index == i).nonzero().squeeze(1)
@@ -104,14 +104,16 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     return views
 
 
-def crop_views(crops: Tensor, window: tuple, side: int) -> Tensor:
+def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLATE) -> Tensor:
     """Window of finished crops at the network's input side: (B, 3, R, R) uint8 -> (B, 3, side, side) uint8.
 
-    The crops show the whole template at any resolution R (112 as handed around, finer from the builder).
+    The crops show all of TEMPLATE at any resolution R (112 as handed around, finer from the builder); the window is
+    one of `template`, a checkpoint's own.
     """
+    M = invert_similarity(fit_similarity(torch.tensor([TEMPLATE]), torch.tensor(template)))[0].to(crops.device)
     scale = crops.shape[-1] / TEMPLATE_SIZE
     k = max(1, math.ceil(scale * (window[2] - window[0]) / side))
-    points = (window_points(window, side * k, crops.device) + 0.5) * scale - 0.5
+    points = (window_points(window, side * k, crops.device) @ M[:, :2].T + M[:, 2] + 0.5) * scale - 0.5
     sizes = torch.tensor(crops.shape[2:], device=crops.device).expand(len(crops), 2)
     views = sample_bilinear(crops.float(), points.expand(len(crops), -1, -1, -1), sizes)
     return to_bytes(F.avg_pool2d(views, k) if k > 1 else views)

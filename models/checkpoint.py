@@ -90,7 +90,8 @@ def read_tensors(path: str | Path):
     except FileNotFoundError:
         raise CheckpointError("no such file") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        raise CheckpointError(f"cannot be read as a checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"cannot be read as a checkpoint ({reason})") from None
 
 
 def read_spec(fields) -> FaceSpec:

@@ -75,7 +75,7 @@ class MTCNN(nn.Module):
                 found.append((shift(boxes[keep], offsets[keep]), part[image[keep]]))
         if not found:
             return images.new_zeros((0, 4), dtype=torch.float32), images.new_zeros(0, dtype=torch.int64)
-        boxes, image_index = (torch.cat(parts) for parts in zip(*found))
+        boxes, image_index = (torch.cat(parts) for parts in zip(*found, strict=True))
         image_index, order = image_index.sort(stable=True)
         return squared(boxes[order]), image_index
 
@@ -247,7 +247,7 @@ def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> 
         return nms(ends, scores.double(), threshold).sort().values
     counts = group.unique_consecutive(return_counts=True)[1].tolist()
     kept, start = [group.new_zeros(0)], 0
-    for some, their_scores in zip(ends.split(counts), scores.split(counts)):
+    for some, their_scores in zip(ends.split(counts), scores.split(counts), strict=True):
         kept.append(nms(some, their_scores, threshold).sort().values + start)
         start += len(some)
     return torch.cat(kept)
@@ -278,7 +278,7 @@ def run_on_crops(net: nn.Sequential, images: Tensor, sizes: Tensor, boxes: Tenso
     """What R-Net or O-Net (side 24 or 48) says of boxes (n, 4) of images: (n, 5) or (n, 15) float32."""
     counts = image_index.bincount(minlength=len(images)).tolist()
     crops = [boxes.new_zeros((0, 3, side, side))]
-    for image, (height, width), some in zip(images, sizes.tolist(), boxes.split(counts)):
+    for image, (height, width), some in zip(images, sizes.tolist(), boxes.split(counts), strict=True):
         if len(some):
             crops.append(crop(image[:, :height, :width], some, side))
     chunks = torch.cat(crops).contiguous(memory_format=torch.channels_last).split(CHUNK_CROPS[images.device.type])

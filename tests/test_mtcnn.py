@@ -38,7 +38,7 @@ def collate(pictures):
     """Pictures of any sizes -> images (B, 3, H, W), zero-padded right and below, and sizes (B, 2)."""
     sizes = torch.tensor([picture.shape[1:] for picture in pictures])
     images = torch.zeros(len(pictures), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
-    for image, picture in zip(images, pictures):
+    for image, picture in zip(images, pictures, strict=True):
         image[:, :picture.shape[1], :picture.shape[2]] = picture
     return images, sizes
 

@@ -158,7 +158,8 @@ def test_pasted_chips_lose_at_most_half_a_point(faces_data, published_split, tmp
             photo.paste(Image.open(places[row["file"]]).convert("RGB"), (20 + i % 120, 15 + i % 100))
             photo.save(tmp_path / "pasted" / f"{Path(row['file']).name}.png", compress_level=1)
             file.write(f"{places[row['file']]},{classes[int(row['label'])]}\n")
-    evaluate.main(["--data", str(tmp_path / "list.csv"), "--ckpt", str(CKPT), "--out_dir", str(tmp_path), "--save_probs"])
+    evaluate.main(["--data", str(tmp_path / "list.csv"), "--ckpt", str(CKPT), "--out_dir", str(tmp_path),
+                   "--save_probs"])
     infer.main(["--input_dir", str(tmp_path / "pasted"), "--output_dir", str(tmp_path / "out"), "--ckpt", str(CKPT)])
     told = np.load(tmp_path / "test_probs.npz")
     by_evaluate = {Path(str(name)).name: int(p.argmax()) for name, p in zip(told["files"], told["probs"], strict=True)}

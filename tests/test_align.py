@@ -1,0 +1,128 @@
+"""models/align.py: the one geometry, against scikit-image, supersampling and its own laws."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models.align import (
+    TEMPLATE,
+    WHOLE,
+    align_faces,
+    crop_views,
+    fit_similarity,
+    invert_similarity,
+    sample_bilinear,
+    window_points,
+)
+
+WINDOW = (14.0, 24.0, 98.0, 108.0)
+POINTS = torch.tensor(TEMPLATE)
+
+
+def similarity(angle: float, scale: float, dx: float, dy: float) -> torch.Tensor:
+    c, s = scale * math.cos(angle), scale * math.sin(angle)
+    return torch.tensor([[c, -s, dx], [s, c, dy]])
+
+
+def apply(M: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    return points @ M[:, :2].T + M[:, 2]
+
+
+def smooth_photo(height: int, width: int, seed: int = 0, period: float = 40.0) -> torch.Tensor:
+    """(1, 3, h, w) uint8 of slow waves: what a resampling should keep."""
+    g = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    phase = torch.rand(3, 1, 1, generator=g) * 6
+    return ((torch.sin(x * (6.28 / period) + phase) + torch.cos(y * (6.28 / period) - phase)) * 50 + 120).byte()[None]
+
+
+def test_a_known_similarity_is_recovered_and_inverted():
+    M = similarity(0.4, 1.7, 30, -12)
+    found = fit_similarity(apply(M, POINTS)[None], POINTS)
+    assert torch.allclose(found, invert_similarity(M[None]), atol=1e-4)
+    assert fit_similarity(torch.empty(0, 5, 2), POINTS).shape == (0, 2, 3)
+
+
+def test_least_squares_agrees_with_scikit_image():
+    transform = pytest.importorskip("skimage.transform")
+    src = POINTS * 2 + torch.randn(6, 5, 2, generator=torch.Generator().manual_seed(1)) * 6
+    for points, M in zip(src, fit_similarity(src, POINTS), strict=True):
+        theirs = transform.SimilarityTransform.from_estimate(points.numpy(), np.array(TEMPLATE))
+        assert np.allclose(theirs.params[:2], M.numpy(), atol=1e-3)
+
+
+def test_a_mirrored_face_is_not_reflected_back():
+    M = fit_similarity((POINTS * torch.tensor([-1.0, 1.0]))[None], POINTS)[0]
+    assert torch.linalg.det(M[:, :2]) > 0
+
+
+def test_coinciding_landmarks_are_an_error():
+    with pytest.raises(ValueError, match="coincide"):
+        fit_similarity(torch.ones(1, 5, 2), POINTS)
+
+
+def test_the_identity_gives_the_picture_back():
+    photo = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    sizes = torch.tensor([[112, 112]] * 2)
+    assert torch.equal(align_faces(photo, sizes, torch.arange(2), POINTS.expand(2, 5, 2), WHOLE, 112), photo)
+    assert torch.equal(crop_views(photo, WHOLE, 112), photo)
+
+
+@pytest.mark.parametrize("scale", [1.9, 3.1, 5.3])
+def test_shrinking_does_not_alias(scale):
+    """Against a warp of 8 x 8 times as many samples, on a picture of noise, which aliases most."""
+    M = similarity(0.2, scale, 20 * scale, 15 * scale)
+    side = int(130 * scale) + 40
+    photo = torch.randint(0, 256, (1, 3, side, side), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    sizes, landmarks = torch.tensor([[side, side]]), apply(M, POINTS)[None]
+    views = align_faces(photo, sizes, torch.zeros(1, dtype=torch.int64), landmarks, WINDOW, 64).float()
+    fine = align_faces(photo, sizes, torch.zeros(1, dtype=torch.int64), landmarks, WINDOW, 64 * 8).float()
+    reference = torch.nn.functional.avg_pool2d(fine, 8)
+    assert (views - reference).abs().mean() < 0.08 * reference.std() + 4
+    assert abs(views.std() - reference.std()) < 0.2 * reference.std() + 1
+
+
+def test_a_face_gives_the_same_from_photograph_and_from_finished_crop():
+    M = similarity(-0.15, 2.0, 60, 40)
+    photo, sizes = smooth_photo(320, 330), torch.tensor([[320, 330]])
+    where = torch.zeros(1, dtype=torch.int64), apply(M, POINTS)[None]
+    straight = align_faces(photo, sizes, *where, WINDOW, 96).float()
+    for resolution in (112, 224):
+        crop = align_faces(photo, sizes, *where, WHOLE, resolution)
+        assert (crop_views(crop, WINDOW, 96).float() - straight).abs().mean() < 1.0
+
+
+def test_a_template_of_its_own_is_met_from_photograph_and_from_finished_crop():
+    own = tuple((0.8 * x + 9, 0.8 * y + 4) for x, y in TEMPLATE)
+    M = similarity(0.1, 2.0, 70, 60)
+    photo, sizes = smooth_photo(360, 360), torch.tensor([[360, 360]])
+    where = torch.zeros(1, dtype=torch.int64), apply(M, POINTS)[None]
+    straight = align_faces(photo, sizes, *where, (20, 20, 90, 90), 96, own).float()
+    crop = align_faces(photo, sizes, *where, WHOLE, 224)
+    assert (crop_views(crop, (20, 20, 90, 90), 96, own).float() - straight).abs().mean() < 1.0
+    moved = align_faces(photo, sizes, *where, (20, 20, 90, 90), 96).float()
+    assert (moved - straight).abs().mean() > 5
+
+
+def test_padding_of_the_batch_is_never_seen_and_edges_repeat():
+    photo = torch.full((1, 3, 60, 50), 200, dtype=torch.uint8)
+    padded = torch.zeros(1, 3, 90, 80, dtype=torch.uint8)
+    padded[:, :, :60, :50] = photo
+    where = torch.zeros(1, dtype=torch.int64), POINTS[None] - 30
+    views = align_faces(padded, torch.tensor([[60, 50]]), *where, WHOLE, 112)
+    assert (views == 200).all()
+
+
+def test_no_faces_give_an_empty_batch():
+    views = align_faces(torch.zeros(1, 3, 9, 9, dtype=torch.uint8), torch.tensor([[9, 9]]),
+                        torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, 2), WINDOW, 96)
+    assert views.shape == (0, 3, 96, 96) and views.dtype == torch.uint8
+
+
+def test_half_pixels():
+    """Pixel centres are whole numbers, and a window's first view pixel lies half a view pixel inside its edge."""
+    ramp = torch.arange(10.0).expand(1, 3, 10, 10)
+    at = torch.tensor([[[[2.0, 5.0], [2.5, 0.0]]]])
+    assert torch.allclose(sample_bilinear(ramp, at, torch.tensor([[10, 10]]))[0, 0, 0], torch.tensor([2.0, 2.5]))
+    assert torch.allclose(window_points((14, 24, 98, 108), 84, torch.device("cpu"))[0, 0], torch.tensor([14.0, 24.0]))
