@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from models import cli
-from models.align import TEMPLATE_SIZE, WHOLE, crop_views
+from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
 from models.calibration import Calibration, class_thresholds, conformal_sets, fit_calibration
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier
@@ -128,13 +128,15 @@ def open_faceset(parser: cli.Parser, args, classes: tuple[str, ...]) -> FaceSet:
 def classify(faces: FaceSet, checkpoint: Checkpoint, args, through_112: bool = False) -> Answers:
     """Logits of every picture, aligned as infer.py aligns; `through_112`: by way of a finished 112 x 112 JPEG crop."""
     spec, classifier = checkpoint.spec, checkpoint.classifier(args.device)
-    window, side = (WHOLE, TEMPLATE_SIZE) if through_112 else (spec.window, spec.input_size)
+    window, side, template = ((WHOLE, TEMPLATE_SIZE, TEMPLATE) if through_112
+                              else (spec.window, spec.input_size, spec.template))
     logits = torch.full((len(faces), len(spec.classes)), torch.nan)
     aligned_by, unreadable = [""] * len(faces), []
     for batch in align_set(faces.paths(), faces.finished, MTCNN().to(args.device), window, side,
-                           batch_size=args.batch_size, workers=args.workers,
+                           template=template, batch_size=args.batch_size, workers=args.workers,
                            progress=f"{args.name}, 112 px" if through_112 else args.name):
-        views = crop_views(recompress(batch.views), spec.window, spec.input_size) if through_112 else batch.views
+        views = (crop_views(recompress(batch.views), spec.window, spec.input_size, spec.template) if through_112
+                 else batch.views)
         logits[batch.positions] = answer(classifier, views.to(args.device), args.flip).cpu()
         for position in batch.positions:
             aligned_by[position] = batch.aligned_by

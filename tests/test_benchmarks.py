@@ -1,0 +1,177 @@
+"""benchmarks/: the plain procedures find what the fast path finds, and the figures are what they say; no timings."""
+import csv
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, draw_crop
+
+from benchmarks import baseline, run
+from models.align import TEMPLATE, TEMPLATE_SIZE, crop_views
+from models.checkpoint import Checkpoint, save_checkpoint
+from models.classifier import FaceClassifier, FaceSpec
+from models.images import decode_photo
+from models.mtcnn import MTCNN, Faces
+from models.pipeline import Labeller
+
+SAMPLES = ROOT / "facesets" / "samples"
+SMALL = run.Sizes(runs=1, chips=4, photos=4, crops=6, plain_crops=6, built=8, plain_built=4)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory) -> str:
+    """A checkpoint of random weights."""
+    torch.manual_seed(0)
+    spec = FaceSpec(("White", "Black", "Asian", "Indian"), TEMPLATE, (14, 24, 98, 108), 112)
+    path = tmp_path_factory.mktemp("ckpt") / "random.pt"
+    save_checkpoint(path, Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
+    return str(path)
+
+
+def bench_in(folder: Path, data: Path, ckpt: str) -> run.Bench:
+    return run.Bench(data, folder, ckpt, torch.device("cpu"), SMALL, quick=True)
+
+
+def boxes_of(*boxes) -> Faces:
+    rows = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    return Faces(rows, torch.ones(len(rows)), rows[:, None, :2].expand(-1, 5, -1), torch.zeros(len(rows)).long())
+
+
+def pictures(faces_data: Path, archive: str, every: int) -> list[torch.Tensor]:
+    """Every so many-th picture of an archive, decoded."""
+    with tarfile.open(faces_data / archive) as tar:
+        members = sorted((member for member in tar if member.isfile()), key=lambda member: member.name)[::every]
+        return [decode_photo(tar.extractfile(member).read())[0] for member in members]
+
+
+def test_plain_and_batched_detection_agree_on_the_sample():
+    photos = [decode_photo(SAMPLES / "astronaut.jpg")[0], torch.zeros(3, 15, 40, dtype=torch.uint8),
+              torch.full((3, 90, 60), 128, dtype=torch.uint8)]
+    found = run.same_faces(run.align_batches(photos, MTCNN()), run.align_each(photos, baseline.PlainMTCNN()))
+    assert found["faces"] == found["plain_faces"] == found["same"] >= 1
+    assert found["landmarks_apart_px"] < 0.01
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("archive, every, face_size", [("wild.tar", 30, 40), ("UTKFace.tar", 3000, 20)])
+def test_plain_and_batched_detection_agree_on_real_pictures(faces_data, archive, every, face_size):
+    photos = pictures(faces_data, archive, every)
+    found = run.same_faces(run.align_batches(photos, MTCNN(min_face_size=face_size)),
+                           run.align_each(photos, baseline.PlainMTCNN(face_size)))
+    assert found["faces"] == found["plain_faces"] == found["same"] >= 5
+    assert found["landmarks_apart_px"] < 0.01
+
+
+def test_plain_and_batched_classification_agree(tmp_path, ckpt):
+    bench = bench_in(tmp_path, SAMPLES, ckpt)
+    crops = tmp_path / "crops"
+    crops.mkdir()
+    for i in range(5):
+        draw_crop(i, i, TEMPLATE_SIZE).save(crops / f"{i}.png")
+    ours = run.label_folder(bench, str(crops), Labeller(bench.checkpoint, bench.device), None)
+    plain = tmp_path / "plain.csv"
+    baseline.label_crops(sorted(crops.iterdir()), plain, baseline.PlainClassifier(bench.checkpoint))
+    found = run.same_labels(ours, plain)
+    assert (found["files"], found["faces"], found["other_status"]) == (5, 5, 0)
+    assert found["largest_difference"] < 1e-4 and all(bar.met for bar in run.agreement_bars("drawn", found))
+
+
+def test_one_view_alone_and_in_a_batch(ckpt):
+    checkpoint = run.load_checkpoint(ckpt)
+    views = crop_views(torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8), checkpoint.spec.window, 112)
+    together = Labeller(checkpoint, torch.device("cpu")).probs(views)
+    plain = baseline.PlainClassifier(checkpoint)
+    alone = torch.tensor([plain.probs(view) for view in views])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.real
+def test_photographs_end_to_end_agree_one_by_one(tmp_path, ckpt, faces_data):
+    bench = bench_in(tmp_path, faces_data, ckpt)
+    found = run.bench_photos(bench).agreement["photographs"]
+    assert found["files"] == 4 and found["other_status"] == 0 and found["faces"] >= 2
+    assert found["largest_difference"] < 1e-3
+
+
+@pytest.mark.real
+def test_pictures_are_unpacked_evenly_and_once(tmp_path, ckpt, faces_data):
+    bench = bench_in(tmp_path, faces_data, ckpt)
+    chips = bench.chips(12)
+    assert len(chips) == 12 == len(set(chips)) and {Path(chip).name.split("_")[2] for chip in chips} <= set("0123")
+    assert bench.chips(12) == chips
+    assert len(bench.crops(12, 56)) == 12
+
+
+def test_suppression_keeps_the_best_of_what_overlaps():
+    boxes = torch.tensor([[0., 0, 99, 99], [5, 5, 104, 104], [200, 0, 299, 99], [20, 20, 40, 40]]).numpy()
+    scores = torch.tensor([1., 2, 3, 0.5]).numpy()
+    assert baseline.suppress(boxes, scores, 0.7).tolist() == [2, 1, 3]
+    assert baseline.suppress(boxes, scores, 0.7, of_smaller=True).tolist() == [2, 1]
+    assert baseline.suppress(boxes[:0], scores[:0], 0.7).tolist() == []
+
+
+def test_same_faces_counts_only_what_is_found_on_both_sides():
+    plain = [boxes_of((0, 0, 50, 50), (100, 0, 150, 50)), boxes_of(), boxes_of((0, 0, 9, 9))]
+    ours = [boxes_of((1, 0, 51, 50)), boxes_of((0, 0, 9, 9)), boxes_of()]
+    found = run.same_faces(ours, plain)
+    assert (found["faces"], found["plain_faces"], found["same"]) == (2, 3, 1)
+    assert found["landmarks_apart_px"] == 1
+
+
+def test_same_labels_tells_near_ties_from_other_labels(tmp_path):
+    ours, plain = tmp_path / "predictions.csv", tmp_path / "plain.csv"
+    rows = [("a.jpg", "ok", .70, .30), ("b.jpg", "ok", .51, .49), ("c.jpg", "ok", .8, .2), ("d.jpg", "no_face", "", "")]
+    theirs = [("a.jpg", "ok", .71, .29), ("b.jpg", "ok", .49, .51), ("c.jpg", "ok", .2, .8), ("d.jpg", "ok", .9, .1)]
+    for path, table, head in ((ours, rows, ["face", "confidence"]), (plain, theirs, [])):
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "status", "p_A", "p_B", "ethnicity", *head])
+            writer.writerows((*row, "", *[""] * len(head)) for row in table)
+    found = run.same_labels(ours, plain)
+    assert {name: found[name] for name in ("files", "faces", "other_status", "other_label", "near_ties")} == {
+        "files": 4, "faces": 3, "other_status": 1, "other_label": 2, "near_ties": 1}
+    assert found["largest_difference"] == pytest.approx(0.6)
+    assert [bar.met for bar in run.agreement_bars("x", found)] == [False, False, False]
+
+
+def test_procedures_take_turns_after_a_warm_up():
+    called = []
+    procedures = {name: (lambda items, name=name: called.append((name, len(items))), list(range(n)))
+                  for name, n in (("fast", 6), ("slow", 3))}
+    fast, slow = run.take_turns("case", procedures, 3, torch.device("cpu"), warm=2)
+    assert called == [("fast", 2), ("slow", 2)] + [("fast", 6), ("slow", 3)] * 3
+    assert (fast.n, slow.n, len(fast.seconds)) == (6, 3, 3)
+    assert run.Figure("case", "fast", 6, [5.0, 1.0, 2.0]).rate == 3.0
+
+
+def test_peak_memory_counts_a_command_and_its_children():
+    code = "x = bytearray(80_000_000); import time; time.sleep(0.6)"
+    nested = f"import subprocess, sys; x = bytearray(60_000_000); subprocess.run([sys.executable, '-c', {code!r}])"
+    if not sys.platform.startswith("linux"):
+        pytest.skip("memory is read from Linux's /proc")
+    assert 133 < run.peak_of_tree([sys.executable, "-c", nested]) < 200
+
+
+def test_main_prints_bars_and_writes_json(tmp_path, ckpt, monkeypatch, capsys):
+    for archive in ("UTKFace.tar", "wild.tar"):
+        tarfile.open(tmp_path / archive, "w").close()
+    figures = [run.Figure("case", "ours", 8, [1.0, 2.0, 3.0]), run.Figure("case", "plain", 2, [4.0])]
+    result = run.Result(figures)
+    result.compare("ratio", *figures, 10.0)
+    monkeypatch.setitem(run.ENTRIES, "start", lambda bench: result)
+    out = tmp_path / "results.json"
+    run.main(["--only", "start", "--data", str(tmp_path), "--ckpt", ckpt, "--out", str(out)])
+    assert "| ratio | at least 10 | 8 | **no** |" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["results"]["start"]["bars"][0]["met"] is False
+    assert content["results"]["start"]["figures"][0]["per_second"] == 4.0
+    assert {"machine", "versions", "size", "command"} <= set(content)
+
+
+def test_missing_data_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run.main(["--data", str(tmp_path)])
+    assert end.value.code == 2 and "--data" in capsys.readouterr().err
