@@ -33,6 +33,7 @@ from models.metrics import confusion_matrix
 from models.mtcnn import MTCNN
 from models.ranks import leave_distributed, start_distributed
 
+FEWEST_PERSONS = 5      # folders per class from which on a picture's folder is taken for a person's
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 
 
@@ -74,15 +75,15 @@ class Crops:
 
 
 def split_off(faces: FaceSet, share: float, seed: int) -> tuple[FaceSet, FaceSet]:
-    """Train and validation parts of a set that has none: whole persons where class folders hold person folders.
+    """Train and validation parts of a set that has none: whole persons where pictures lie in person folders.
 
-    Each class gives `share` of its groups; a group is a person's folder, or a single picture.
+    Each class gives `share` of its groups; a group is a person's folder, or a single picture where there are none.
     """
+    folders = [str(Path(file).parent) for file in faces.files]
+    several = len(set(folders)) >= FEWEST_PERSONS * len(faces.classes)
     groups: dict[tuple[int, str], list[int]] = {}
     for row, (file, label) in enumerate(zip(faces.files, faces.labels.tolist(), strict=True)):
-        parts = Path(file).parts
-        person = parts[1] if len(parts) > 2 and not Path(file).is_absolute() else file
-        groups.setdefault((label, person), []).append(row)
+        groups.setdefault((label, folders[row] if several else file), []).append(row)
     generator, val = torch.Generator().manual_seed(seed), []
     for label in range(len(faces.classes)):
         mine = sorted(key for key in groups if key[0] == label)

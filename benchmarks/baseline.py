@@ -25,7 +25,7 @@ from models.align import TEMPLATE, WHOLE, align_faces, crop_views
 from models.checkpoint import Checkpoint
 from models.faceset import central_face
 from models.images import PhotoError, decode_photo
-from models.mtcnn import WEIGHTS, Faces, build_onet, build_pnet, build_rnet, logit
+from models.mtcnn import WEIGHTS, Faces, build_onet, build_pnet, build_rnet, logit, resize
 
 THRESHOLDS = (0.6, 0.7, 0.8)        # least scores of P-, R- and O-Net
 PROCESSES = 2                       # of the plain builder, with a thread each
@@ -48,21 +48,23 @@ class PlainMTCNN:
     @torch.inference_mode()
     def detect(self, photo: Tensor) -> Faces:
         """Faces of a picture (3, h, w) uint8 RGB, by descending score, on the CPU; image_index is 0 throughout."""
-        pixels = photo[None].to(self.device).float()
-        boxes = self.propose(pixels)
+        photo = photo[None].to(self.device)
+        boxes, pixels = self.propose(photo), photo.float()
         boxes = self.refine(pixels, boxes)
         boxes, scores, landmarks = self.decide(pixels, boxes)
         return Faces(torch.from_numpy(boxes).float(), torch.from_numpy(scores).float().sigmoid(),
                      torch.from_numpy(landmarks).float(), torch.zeros(len(boxes), dtype=torch.int64))
 
-    def propose(self, pixels: Tensor) -> np.ndarray:
-        """Square candidate boxes (n, 4) that P-Net finds on the levels of the pyramid."""
-        height, width = pixels.shape[2:]
+    def propose(self, photo: Tensor) -> np.ndarray:
+        """Square candidate boxes (n, 4) that P-Net finds on the levels of the pyramid of (1, 3, h, w) uint8.
+
+        The levels are resized by the fast path's function: one grey level may decide which of two boxes is found.
+        """
+        height, width = photo.shape[2:]
         scale, found = 12 / self.min_face_size, []
         while min(height, width) * scale > 12:
             size = (math.ceil(height * scale), math.ceil(width * scale))
-            level = F.interpolate(pixels, size, mode="bilinear", align_corners=False).round()
-            maps = self.pnet((level - 127.5) / 128)[0].cpu().numpy()                            # (5, h', w')
+            maps = self.pnet((resize(photo, *size).float() - 127.5) / 128)[0].cpu().numpy()     # (5, h', w')
             rows, columns = np.nonzero(maps[0] > logit(THRESHOLDS[0]))
             corner = np.stack([columns, rows], 1) * 2 + 1
             boxes = np.concatenate([corner, corner + 12], 1) / scale

@@ -76,6 +76,7 @@ def run(tmp_path, ckpt, *flags, out="out", source=None) -> list[dict[str, str]]:
 
 def refused(capsys, *flags) -> str:
     """The one line with which a run with these flags ends."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         infer.main([*map(str, flags)])
     assert caught.value.code == 2
