@@ -81,7 +81,7 @@ class PlainMTCNN:
         boxes = clipped(boxes, pixels)
         keep = np.nonzero(answers[:, 0] > logit(THRESHOLDS[1]))[0]
         keep = keep[suppress(boxes[keep], answers[keep, 0], 0.7)]
-        return squared(shift(boxes[keep], answers[keep, 1:]))
+        return squared(shift(boxes[keep], answers[keep, 1:5]))
 
     def decide(self, pixels: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Boxes (n, 4), logits (n,) and landmarks (n, 5, 2) of the candidates that O-Net believes, best first."""

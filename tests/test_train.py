@@ -49,7 +49,7 @@ def test_each_picture_gets_its_own_draw_and_a_seed_repeats_it():
 
 
 def test_a_warp_without_change_is_crop_views(monkeypatch):
-    monkeypatch.setattr(train, "uniform", lambda n, low, high, g: torch.zeros(n))
+    monkeypatch.setattr(train, "uniform", lambda n, *_: torch.zeros(n))
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))          # no flip
     crops = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     views = train.random_views(crops, WINDOW, 84, False, torch.Generator())
@@ -93,7 +93,7 @@ def test_persons_are_never_divided(tmp_path):
 
 
 def test_every_picture_once_an_epoch_over_two_ranks():
-    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), torch.zeros(10))
+    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10))
     seen = []
     for rank in range(2):
         args = train.parse_args(["--batch_size", "5"])
@@ -143,6 +143,36 @@ def test_initialising_from_a_checkpoint(drawn_set, tmp_path, small_recipe):
     model = train.FaceClassifier(load_checkpoint(tmp_path / "a.pt").spec)
     train.initialise(model, str(tmp_path / "a.pt"))
     assert torch.equal(model.backbone.fc.weight, weights(tmp_path / "a.pt")["fc.weight"])
+
+
+def test_another_flag_is_not_mixed_into_a_resumed_run(drawn_set, tmp_path, small_recipe, monkeypatch, capsys):
+    def killed(training, *rest):
+        real(training, *rest)
+        raise KeyboardInterrupt
+    real = train.finish_epoch
+    monkeypatch.setattr(train, "finish_epoch", killed)
+    common = ["--data", str(drawn_set), "--out", str(tmp_path / "b.pt"), "--vis_dir", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        run(*common)
+    with pytest.raises(SystemExit):
+        run(*common, "--resume", "--lr", "0.01")
+    assert "begun with another --lr (0.001, now 0.01)" in capsys.readouterr().err
+
+
+def test_impatience_before_the_final_size_still_gives_a_checkpoint(drawn_set, tmp_path, small_recipe):
+    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "6", "--patience", "1", "--vis_dir",
+        str(tmp_path))
+    assert load_checkpoint(tmp_path / "a.pt").about["epoch"] >= 4
+
+
+def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, capsys):
+    (tmp_path / "more" / "Martian").mkdir(parents=True)
+    (tmp_path / "more" / "White").mkdir()
+    for label, name in enumerate(("Martian", "White")):
+        draw_crop(label, 1).save(tmp_path / "more" / name / "a.png")
+    with pytest.raises(SystemExit):
+        run("--data", str(drawn_set), str(tmp_path / "more"), "--out", str(tmp_path / "a.pt"))
+    assert "folder Martian matches no class" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("argv", "said"), [
