@@ -1,11 +1,12 @@
 """Checkpoint + labelled faces -> accuracy with its interval, per-class figures, confusion matrices, calibration.
 
 Reads   --data: a folder that utk_dataset_builder.py made, any folder of class folders, or a CSV list (image, class).
-        Finished crops are cut to the checkpoint's window; other pictures are aligned on the fly, as infer.py does.
+        Finished crops are cut to the checkpoint's window; other pictures are aligned on the fly with infer.py's
+        detector and warp, by the central large face of each (infer.py takes the largest).
 Writes  <out_dir>/<name>_confusion_matrix.png, <name>_confusion_matrix_percentage.png, <name>_reliability.png,
-        <name>_risk_coverage.png, <name>_age_gender.png (where the manifest knows age and gender) and
-        <name>_metrics.json with every number drawn. A rerun replaces the files of its --name, and says so where
-        they showed something else. --calibrate also writes the calibration into the checkpoint.
+        <name>_risk_coverage.png, <name>_age_gender.png and <name>_age_gender.csv (where the manifest knows age and
+        gender) and <name>_metrics.json with every number drawn. A rerun replaces the files of its --name, and says so
+        where they showed something else. --calibrate also writes the calibration into the checkpoint.
 
     python evaluate.py --data data/utk_races --split test --ckpt checkpoints/resnet18_utk.pt
     python evaluate.py --data FairFace_val --name fairface_val --class_map East_Asian=Asian,Southeast_Asian=Asian
@@ -30,12 +31,13 @@ from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
 from models.calibration import Calibration, class_thresholds, conformal_sets, fit_calibration
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier
-from models.faceset import FaceSet, FaceSetError, align_set, read_faceset
+from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_about, read_faceset
 from models.images import decode_photo
 from models.metrics import (
     calibration_error,
     class_figures,
     confusion_matrix,
+    ece_interval,
     mcnemar_exact,
     proper_scores,
     reliability_bins,
@@ -44,6 +46,7 @@ from models.metrics import (
 )
 from models.mtcnn import MTCNN
 from models.pipeline import read_predictions
+from models.ranks import moved_in
 from models.shares import draw_shares, estimate_shares, format_shares
 
 AGE_BANDS = (0, 10, 20, 30, 40, 60)             # lower ends, years
@@ -124,9 +127,23 @@ def open_faceset(parser: cli.Parser, args, classes: tuple[str, ...]) -> FaceSet:
     return faces
 
 
+def warn_of_another_split(checkpoint: Checkpoint, args) -> None:
+    """One line where --data is a builder's set whose training pictures are not those the checkpoint was trained on."""
+    trained_on = checkpoint.about.get("train_files")
+    if trained_on is None or not read_about(Path(args.data)) or not (Path(args.data) / "train").is_dir():
+        return
+    try:
+        train = read_faceset(args.data, "train", args.class_map, checkpoint.spec.classes)
+    except FaceSetError:                                                    # an empty folder: nothing to compare
+        return
+    if faceset_digest(train.files) not in trained_on.values():
+        print("warning: the checkpoint was trained on another split; pictures of this one may be among its training "
+              "pictures")
+
+
 @torch.inference_mode()
 def classify(faces: FaceSet, checkpoint: Checkpoint, args, through_112: bool = False) -> Answers:
-    """Logits of every picture, aligned as infer.py aligns; `through_112`: by way of a finished 112 x 112 JPEG crop."""
+    """Logits of every picture's central large face; `through_112`: by way of a finished 112 x 112 JPEG crop."""
     spec, classifier = checkpoint.spec, checkpoint.classifier(args.device)
     window, side, template = ((WHOLE, TEMPLATE_SIZE, TEMPLATE) if through_112
                               else (spec.window, spec.input_size, spec.template))
@@ -214,15 +231,16 @@ def figures_of(answers: Answers, rows: Tensor, classes: tuple[str, ...]) -> dict
 def calibration_figures(probs: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict:
     """Calibration errors (15 equal-mass bins), NLL and Brier score, over all and per class, with the bins drawn.
 
-    Over all, the stated confidence is held against being right. Per class, `ece` holds p_class against being of that
-    class, over all pictures; `ece_predicted` the confidence against being right, over those predicted so; `nll` and
-    `brier` are means over the pictures of the class.
+    Over all, the stated confidence is held against being right, `ece_ci95` from a bootstrap. Per class, `ece` holds
+    p_class against being of that class, over all pictures; `ece_predicted` the confidence against being right, over
+    those predicted so; `nll` and `brier` are means over the pictures of the class.
     """
     confidence, predictions = probs.max(1)
     nll, brier = proper_scores(probs, labels)
     bins = reliability_bins(confidence, predictions == labels)
     figures = dict(zip(("ece", "ece_debiased"), calibration_error(bins), strict=True))
-    figures |= {"nll": nll.mean().item(), "brier": brier.mean().item(), "bins": bins.tolist(), "per_class": {}}
+    figures |= {"ece_ci95": list(ece_interval(confidence, predictions == labels)), "nll": nll.mean().item(),
+                "brier": brier.mean().item(), "bins": bins.tolist(), "per_class": {}}
     for c, name in enumerate(classes):
         of_class, so_predicted = labels == c, predictions == c
         bins = reliability_bins(probs[:, c], of_class)
@@ -274,25 +292,40 @@ def abstention_figures(answers: Answers, calibration: Calibration, classes: tupl
     return figures, answered
 
 
-def subgroup_figures(answers: Answers, answered: Tensor, manifest: dict, classes: tuple[str, ...]) -> list[dict]:
-    """A row for each class x gender x age band: n, accuracy with its interval, mean confidence, share not answered."""
+def subgroup_figures(answers: Answers, answered: Tensor | None, manifest: dict,
+                     classes: tuple[str, ...]) -> list[dict]:
+    """A row for each class x age band x gender: n, accuracy, mean confidence less accuracy, share unanswered.
+
+    Intervals are Wilson's; that of the calibration gap takes the mean confidence as given. answered (n,) bool is None
+    where the checkpoint holds no calibration, and so nothing to abstain by.
+    """
     confidence, correct = answers.probs.max(1).values, answers.correct()
     members: dict[tuple, list[int]] = {}
     for row, (file, label) in enumerate(zip(answers.files, answers.labels.tolist(), strict=True)):
         person = manifest[file]
-        key = (label, GENDERS.get(person["gender"], person["gender"]), age_band(int(person["age"])))
+        key = (label, age_band(int(person["age"])), GENDERS.get(person["gender"], person["gender"]))
         members.setdefault(key, []).append(row)
     table = []
-    for (label, gender, band), rows in sorted(members.items()):
-        right = int(correct[rows].sum())
-        table.append({"class": classes[label], "gender": gender, "age_band": band, "n": len(rows),
-                      "accuracy": right / len(rows), "accuracy_ci95": list(wilson_interval(right, len(rows))),
-                      "confidence": confidence[rows].mean().item(),
-                      "abstained": (~answered[rows]).double().mean().item()})
+    for (label, band, gender), rows in sorted(members.items()):
+        n, right, stated = len(rows), int(correct[rows].sum()), confidence[rows].double().mean().item()
+        unanswered = None if answered is None else int((~answered[rows]).sum())
+        low, high = wilson_interval(right, n)
+        table.append({"class": classes[label], "age_band": band, "gender": gender, "n": n,
+                      "accuracy": right / n, "accuracy_ci95": [low, high],
+                      "mean_confidence": stated, "calibration_gap": stated - right / n,
+                      "calibration_gap_ci95": [stated - high, stated - low],
+                      "abstained": None if unanswered is None else unanswered / n,
+                      "abstained_ci95": [None] * 2 if unanswered is None else list(wilson_interval(unanswered, n))})
     return table
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
+def save_figure(figure: Figure, path: Path) -> None:
+    """The figure as a file, whole or not at all."""
+    with moved_in(path) as beside:
+        figure.savefig(beside, dpi=150)
+
+
 def draw_confusion(confusion: np.ndarray, classes: tuple[str, ...], title: str, percentage: bool, path: Path) -> None:
     """Confusion matrix (C, C) as counts, or row by row as percentages of the pictures labelled so."""
     share = confusion / confusion.sum(1, keepdims=True).clip(min=1)
@@ -309,7 +342,7 @@ def draw_confusion(confusion: np.ndarray, classes: tuple[str, ...], title: str, 
     axes.set_xlabel("predicted label")
     axes.set_ylabel("label in the data set")
     axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def draw_bins(axes: Axes, bins: list, colour: str, label: str) -> None:
@@ -319,22 +352,32 @@ def draw_bins(axes: Axes, bins: list, colour: str, label: str) -> None:
 
 
 def draw_reliability(calibration: dict, classes: tuple[str, ...], title: str, path: Path) -> None:
-    """Stated against observed probability before and after calibration, over all and per class."""
+    """Stated against observed probability, ECE, NLL and Brier before and after calibration, over all and per class."""
+    states = [(state, colour) for state, colour in (("before", BEFORE), ("after", AFTER)) if state in calibration]
     figure = Figure(figsize=(3.1 * (len(classes) + 1), 4.2), layout="constrained")
     panels = figure.subplots(1, len(classes) + 1, sharey=True)
     for axes, name in zip(panels, ("all", *classes), strict=True):
         axes.plot((0, 1), (0, 1), color="black", linewidth=0.6)
-        for state, colour in (("before", BEFORE), ("after", AFTER)):
-            if state in calibration:
-                figures = calibration[state] if name == "all" else calibration[state]["per_class"][name]
-                draw_bins(axes, figures["bins"], colour, f"{state}: ECE {100 * figures['ece_debiased']:.1f} %")
+        figures = [calibration[state] if name == "all" else calibration[state]["per_class"][name]
+                   for state, _ in states]
+        for (state, colour), row in zip(states, figures, strict=True):
+            draw_bins(axes, row["bins"], colour, state)
+        axes.text(0.98, 0.03, score_lines(figures), ha="right", va="bottom", fontsize=8, transform=axes.transAxes)
         axes.set_title("predicted label" if name == "all" else name, fontsize=10)
         axes.set_xlabel("stated confidence" if name == "all" else f"stated p({name})")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
         axes.legend(fontsize=8, loc="upper left", frameon=False)
     panels[0].set_ylabel("observed share")
-    figure.suptitle(f"{title}\n15 bins of equal mass; ECE debiased", fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.suptitle(f"{title}\n15 bins of equal mass; ECE debiased; NLL and Brier of a class over its pictures; "
+                    + " → ".join(f"{state} calibration" for state, _ in states), fontsize=10)
+    save_figure(figure, path)
+
+
+def score_lines(figures: list[dict]) -> str:
+    """'ECE 3.1 → 0.9 %', NLL and Brier likewise, a line each, from calibration_figures before and after."""
+    ece, nll, brier = (" → ".join(f"{scale * row[key]:.{digits}f}" for row in figures)
+                       for key, scale, digits in (("ece_debiased", 100, 1), ("nll", 1, 3), ("brier", 1, 3)))
+    return f"ECE {ece} %\nNLL {nll}\nBrier {brier}"
 
 
 def draw_risk(curves: dict, title: str, path: Path) -> None:
@@ -352,29 +395,47 @@ def draw_risk(curves: dict, title: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(title="label in the data set", fontsize=8)
     axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def draw_subgroups(table: list[dict], classes: tuple[str, ...], title: str, path: Path) -> None:
-    """Accuracy of class x age band, a panel for each gender, with 95 % intervals and counts."""
-    bands = [age_band(low) for low in AGE_BANDS]
+    """Accuracy, calibration gap and share unanswered (a row of panels each) of class x age band, a column a gender."""
     genders = sorted({row["gender"] for row in table}, reverse=True)
-    figure = Figure(figsize=(1.2 + 6.2 * len(genders), 1.6 + 0.95 * len(classes)), layout="constrained")
-    for axes, gender in zip(figure.subplots(1, len(genders), squeeze=False)[0], genders, strict=True):
-        shown = np.full((len(classes), len(bands)), np.nan)
-        for row in (row for row in table if row["gender"] == gender):
-            at = classes.index(row["class"]), bands.index(row["age_band"])
-            shown[at] = row["accuracy"]
-            low, high = (100 * end for end in row["accuracy_ci95"])
-            axes.text(at[1], at[0], f"{100 * row['accuracy']:.0f} %\n{low:.0f} to {high:.0f}\nn = {row['n']}",
-                      ha="center", va="center", fontsize=8, color="white" if row["accuracy"] > 0.85 else "black")
-        axes.imshow(shown, cmap="Blues", vmin=0.4, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(bands)), bands)
-        axes.set_yticks(range(len(classes)), classes)
+    kinds = [("accuracy", "accuracy", "{:.0f} %", {"cmap": "Blues", "vmin": 0.4, "vmax": 1}),
+             ("calibration_gap", "mean confidence less accuracy, points", "{:+.0f}",
+              {"cmap": "RdBu_r", "vmin": -0.3, "vmax": 0.3}),
+             ("abstained", "share unanswered", "{:.0f} %", {"cmap": "Oranges", "vmin": 0, "vmax": 1})]
+    kinds = [kind for kind in kinds if table[0][kind[0]] is not None]
+    figure = Figure(figsize=(1.2 + 6.2 * len(genders), 0.8 + len(kinds) * (0.8 + 0.75 * len(classes))),
+                    layout="constrained")
+    panels = figure.subplots(len(kinds), len(genders), squeeze=False)
+    for line, (key, what, form, colours) in zip(panels, kinds, strict=True):
+        for axes, gender in zip(line, genders, strict=True):
+            draw_cells(axes, [row for row in table if row["gender"] == gender], classes, key, form, colours)
+            axes.set_title(f"{gender}: {what}", fontsize=10)
+    for axes in panels[-1]:
         axes.set_xlabel("age in the data set (years)")
-        axes.set_title(gender, fontsize=10)
-    figure.suptitle(f"{title}\naccuracy, its 95 % interval, pictures", fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.suptitle(f"{title}\nby label, age and gender in the data set: the figure, its 95 % interval, pictures",
+                    fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_cells(axes: Axes, rows: list[dict], classes: tuple[str, ...], key: str, form: str, colours: dict) -> None:
+    """A grid of class x age band: rows[...][key], a fraction, as a colour and by form, with its interval and n."""
+    bands = [age_band(low) for low in AGE_BANDS]
+    shown = np.full((len(classes), len(bands)), np.nan)
+    image = axes.imshow(shown, aspect="auto", **colours)
+    for row in rows:
+        at = classes.index(row["class"]), bands.index(row["age_band"])
+        shown[at] = row[key]
+        red, green, blue, _ = image.to_rgba(row[key])
+        low, high = (form.format(100 * end).removesuffix(" %") for end in row[f"{key}_ci95"])
+        axes.text(at[1], at[0], f"{form.format(100 * row[key])}\n{low} to {high}\nn = {row['n']}",
+                  ha="center", va="center", fontsize=8,
+                  color="white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black")
+    image.set_data(shown)
+    axes.set_xticks(range(len(bands)), bands)
+    axes.set_yticks(range(len(classes)), classes)
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -404,7 +465,7 @@ def measure(answers: Answers, checkpoint: Checkpoint, manifest: dict, args) -> d
     if manifest:
         figures["without_twin"] = figures_of(answers, without_twin(answers.files, manifest), classes)
     figures["calibration"] = {"before": calibration_figures(answers.logits.softmax(1), answers.labels, classes)}
-    answered = everyone
+    answered = None
     if checkpoint.calibration:
         figures["calibration"]["after"] = calibration_figures(answers.probs, answers.labels, classes)
         figures["abstention"], answered = abstention_figures(answers, checkpoint.calibration, classes, args)
@@ -466,6 +527,26 @@ def print_confidence(figures: dict) -> None:
               f"{100 * row['error_of_answered']:8.2f} %{100 * row['set_coverage']:8.1f} %{row['mean_set_size']:8.2f}")
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    with moved_in(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_subgroups(table: list[dict], path: Path) -> None:
+    """subgroup_figures as a CSV; an interval is two columns, <what>_low and <what>_high."""
+    with moved_in(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for number, row in enumerate(table):
+            cells = {}
+            for key, value in row.items():
+                what = key.removesuffix("_ci95")
+                cells |= {key: value} if what == key else dict(zip((f"{what}_low", f"{what}_high"), value, strict=True))
+            if not number:
+                writer.writerow(cells)
+            writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in cells.values()])
+
+
 def write_report(figures: dict, folder: Path, name: str) -> None:
     """All files of the report; says so where they replace figures of another set or checkpoint."""
     path, classes = folder / f"{name}_metrics.json", tuple(figures["classes"])
@@ -479,12 +560,13 @@ def write_report(figures: dict, folder: Path, name: str) -> None:
     draw_risk(figures["risk_coverage"], title, folder / f"{name}_risk_coverage.png")
     if "age_gender" in figures:
         draw_subgroups(figures["age_gender"], classes, title, folder / f"{name}_age_gender.png")
+        write_subgroups(figures["age_gender"], folder / f"{name}_age_gender.csv")
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         if any(before.get(key) != figures[key] for key in ("data", "split", "checkpoint")):
             print(f"Replaced the {name} figures of {before.get('data')} with {before.get('checkpoint')}; "
                   "--name keeps both")
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(figures, indent=1) + "\n")
 
 
 def read_probs(path: str, classes: tuple[str, ...]) -> np.ndarray:
@@ -507,9 +589,9 @@ def report_shares(parser: cli.Parser, args, checkpoint: Checkpoint, folder: Path
     except (ValueError, OSError) as error:
         parser.error(f"--shares {args.shares}: {error}")
     print(format_shares(report, classes))
-    (folder / "shares.json").write_text(json.dumps({"classes": classes, "all": report}, indent=1) + "\n",
-                                        encoding="utf-8")
-    draw_shares({"all": report}, classes, folder / "shares.png")
+    write_text(folder / "shares.json", json.dumps({"classes": classes, "all": report}, indent=1) + "\n")
+    with moved_in(folder / "shares.png") as beside:
+        draw_shares({"all": report}, classes, beside)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -522,6 +604,7 @@ def main(argv: list[str] | None = None) -> None:
         report_shares(parser, args, checkpoint, folder)
         return
     faces = open_faceset(parser, args, classes)
+    warn_of_another_split(checkpoint, args)
     manifest = read_manifest(args.data, faces.files)
     answers = classify(faces, checkpoint, args)
     if not answers.files:
@@ -535,9 +618,9 @@ def main(argv: list[str] | None = None) -> None:
     print_report(figures, args.split if (Path(args.data) / args.split).is_dir() else args.name)
     write_report(figures, folder, args.name)
     if args.save_probs:
-        np.savez_compressed(folder / f"{args.name}_probs.npz", files=np.array(answers.files),
-                            labels=answers.labels.numpy(), logits=answers.logits.numpy(),
-                            probs=answers.probs.numpy())
+        with moved_in(folder / f"{args.name}_probs.npz") as beside:
+            np.savez_compressed(beside, files=np.array(answers.files), labels=answers.labels.numpy(),
+                                logits=answers.logits.numpy(), probs=answers.probs.numpy())
 
 
 if __name__ == "__main__":

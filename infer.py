@@ -5,11 +5,13 @@
 
 Reads a checkpoint of train.py and every picture of the input. Writes into the output folder predictions.csv (a row for
 each face, and for each picture without one the reason), pred_ethnicities.txt, shares.json and shares.png (estimated
-shares of the classes among all faces, with 95 % intervals), and with --visualize grids of the faces 0.jpg, 1.jpg, ...
+shares of the classes, with 95 % intervals: `all` for all faces and, with --by, `groups` for the faces of each group by
+its name), and with --visualize grids of the faces 0.jpg, 1.jpg, ...
 """
 import csv
 import itertools
 import json
+import os
 import shutil
 import time
 import zlib
@@ -17,6 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,20 +33,21 @@ from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from models.faceset import FaceSet, FaceSetError, read_faceset
 from models.images import InputError, PhotoIndex, index_photos
 from models.mtcnn import MTCNN
+from models.parts import PartsError, missing_parts, open_parts, part_path
 from models.pipeline import (
     STATUSES,
     Labeller,
     Row,
     Settings,
-    chunk_size,
     classify_files,
     columns,
+    count_chunks,
+    count_files,
     csv_line,
     decode_workers,
     read_predictions,
 )
 from models.ranks import (
-    from_first,
     leave_distributed,
     local_share,
     merge_parts,
@@ -85,7 +89,7 @@ def build_parser() -> cli.Parser:
     add("--by", metavar="WHAT", help="shares per group too: `folder` (first level), or FILE.csv with the columns file "
         "and one more; FILE.csv:COLUMN chooses among several")
     add("--reference", metavar="DIR", help="class folders of labelled pictures like yours, from which shares learn how "
-        "the classifier errs, in place of the checkpoint's validation faces")
+        "the classifier errs; the checkpoint's validation faces then count as ten of each class")
     add("--visualize", action="store_true", help="draw grids of the faces with their predicted labels")
     add("--n_vis_samples_per_pic", type=cli.positive_int, default=40, metavar="N", help="faces a grid (%(default)s)")
     add("--n_vis_rows_per_pic", type=cli.positive_int, default=5, metavar="N", help="rows of a grid (%(default)s)")
@@ -101,6 +105,7 @@ def build_parser() -> cli.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Labels every picture, part by part, and makes the results of the parts."""
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
@@ -112,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     labeller, detector = load_networks(checkpoint, settings, args.min_face_size, device)
     started, todo = time.perf_counter(), [run.todo[i] for i in my_part(len(run.todo), rank, world_size)]
     label_part(run, todo, labeller, detector, settings, args, show=rank == 0)
+    run.photos.close()
     wait_for_all()
     seconds = time.perf_counter() - started
     if args.visualize:
@@ -120,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         merge_run(run, args, checkpoint.spec.classes)
         tally = read_back(parser, args, checkpoint.spec.classes)
-        print_summary(tally, run.n_files(run.todo), seconds, checkpoint.spec.classes)
-        model = error_model(checkpoint, reference, labeller, detector, settings)
-        report_shares(tally, model, args, checkpoint.spec.classes)
+        print_summary(tally, count_files(len(run.photos), run.todo), seconds, checkpoint.spec.classes)
+        own = label_reference(reference, labeller, detector, settings) if reference else None
+        report_shares(tally, checkpoint, own, args)
         shutil.rmtree(run.folder)
     wait_for_all()
     leave_distributed()
@@ -138,9 +144,10 @@ def check_flags(parser: cli.Parser, args) -> None:
                      f"--n_vis_samples_per_pic {args.n_vis_samples_per_pic}")
     if args.by and args.by != "folder":
         read_groups(parser, args.by)
+    if (args.input_dir and not args.in_list
+            and Path(args.output_dir).resolve().is_relative_to(Path(args.input_dir[0]).resolve())):
+        parser.error("--output_dir lies in --input_dir, where the pictures drawn would count as photographs next time")
     out = args.output_dir = cli.output_folder(parser, "--output_dir", args.output_dir)
-    if args.visualize and args.input_dir and out.resolve().is_relative_to(Path(args.input_dir[0]).resolve()):
-        parser.error("--output_dir lies in --input_dir, where its grids would count as pictures")
     if args.resume:
         if not (out / PARTS).exists() and (out / "predictions.csv").exists():
             parser.exit(0, f"{out / 'predictions.csv'} is finished: nothing to resume\n")
@@ -155,7 +162,7 @@ def read_groups(parser: cli.Parser, text: str) -> dict[str, str]:
     path, _, column = text.partition(".csv:")
     path += ".csv" if column else ""
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             others = [name for name in reader.fieldnames or () if name != "file"]
             column = column or (others[0] if len(others) == 1 else "")
@@ -173,22 +180,23 @@ def read_checkpoint(parser: cli.Parser, args) -> Checkpoint:
         checkpoint = load_checkpoint(args.ckpt)
     except CheckpointError as error:
         parser.error(f"--ckpt {args.ckpt}: {error}")
-    if args.target_error is not None and checkpoint.calibration is None:
-        parser.error(f"--target_error: {args.ckpt} is not calibrated (evaluate.py --calibrate does it)")
+    for flag, value in (("--target_error", args.target_error), ("--reference", args.reference)):
+        if value is not None and checkpoint.calibration is None:
+            parser.error(f"{flag}: {args.ckpt} is not calibrated (evaluate.py --calibrate does it)")
     return checkpoint
 
 
 def read_reference(parser: cli.Parser, args, checkpoint: Checkpoint) -> FaceSet | None:
-    """The labelled pictures of --reference, every class among them."""
+    """The labelled pictures of --reference."""
     if not args.reference:
         return None
     try:
         reference = read_faceset(args.reference, classes=checkpoint.spec.classes)
     except FaceSetError as error:
         parser.error(f"--reference {error}")
-    missing = set(range(len(reference.classes))) - set(reference.labels.tolist())
-    if missing:
-        parser.error(f"--reference {args.reference}: no picture of {reference.classes[min(missing)]}")
+    if reference.unmatched:
+        parser.error(f"--reference {args.reference}: folder {reference.unmatched[0]} matches no class of the "
+                     f"checkpoint ({', '.join(reference.classes)})")
     return reference
 
 
@@ -200,66 +208,22 @@ class Run:
     photos: PhotoIndex
     todo: list[int]                 # chunks without a part, when the run was opened
 
-    def part(self, chunk: int, kind: str) -> Path:
-        """File of a chunk's rows (csv), lines (txt) or crops (crops)."""
-        return self.folder / f"{chunk:06d}.{kind}"
-
-    def n_chunks(self) -> int:
-        """Chunks of the whole list."""
-        return -(-len(self.photos) // chunk_size(len(self.photos)))
-
-    def n_files(self, chunks: list[int]) -> int:
-        """Pictures in some chunks."""
-        size = chunk_size(len(self.photos))
-        return sum(min(size, len(self.photos) - chunk * size) for chunk in chunks)
-
-
-class RunError(Exception):
-    """Why a run cannot be begun or resumed, in a line that names the flag."""
-
 
 def open_run(parser: cli.Parser, args, rank: int) -> Run:
     """The run of these flags, new or resumed; rank 0 lists the pictures and open chunks for all ranks."""
-    todo, problem = None, ""
-    if rank == 0:
-        try:
-            todo = prepare_run(args)
-        except InputError as error:
-            problem = f"{'--in_list' if args.in_list else '--input_dir'} {error}"
-        except RunError as error:
-            problem = str(error)
-    todo, problem = from_first((todo, problem))
-    if problem:
-        parser.error(problem) if rank == 0 else parser.exit(2)
     folder = args.output_dir / PARTS
-    return Run(folder, PhotoIndex(folder), todo)
+    open_parts(parser, folder, run_flags(args), lambda folder: begin(args, folder), rank,
+               resume=args.resume, overwrite=args.overwrite)
+    photos = PhotoIndex(folder)
+    return Run(folder, photos, missing_parts(folder, count_chunks(len(photos)), "csv"))
 
 
-def prepare_run(args) -> list[int]:
-    """Makes the folder of parts with the index of all pictures, or finds it; the chunks still to be done.
-
-    Raises InputError or RunError; a folder made for nothing is gone then.
-    """
-    folder, asked = args.output_dir / PARTS, run_flags(args)
-    if args.resume and (folder / "run.json").exists():
-        begun = json.loads((folder / "run.json").read_text())
-        if differing := [name for name in asked if begun.get(name) != asked[name]]:
-            raise RunError(f"--resume: the run in {folder} was begun with another --{differing[0]} "
-                           f"({begun.get(differing[0])}, now {asked[differing[0]]})")
-    else:
-        if folder.exists() and not (args.overwrite or args.resume):
-            raise RunError(f"--output_dir: {folder} holds an unfinished run; --resume finishes it, "
-                           "--overwrite begins anew")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            index_photos(folder, args.input_dir, args.in_list)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        (folder / "run.json").write_text(json.dumps(asked))
-    run = Run(folder, PhotoIndex(folder), [])
-    return [chunk for chunk in range(run.n_chunks()) if not run.part(chunk, "csv").exists()]
+def begin(args, folder: Path) -> None:
+    """Indexes the pictures. Raises PartsError."""
+    try:
+        index_photos(folder, args.input_dir, args.in_list)
+    except InputError as error:
+        raise PartsError(f"{'--in_list' if args.in_list else '--input_dir'} {error}") from None
 
 
 def run_flags(args) -> dict:
@@ -273,7 +237,7 @@ def choose_settings(args, run: Run, device: torch.device) -> Settings:
     """The flags with what they leave open chosen for this machine and list."""
     workers = args.num_workers
     if workers is None:
-        workers = decode_workers(run.n_files(run.todo), local_share(cli.worker_count()), device)
+        workers = decode_workers(count_files(len(run.photos), run.todo), local_share(cli.worker_count()), device)
     batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
     return Settings(args.align, args.faces, args.flip, batch_size, workers, args.max_side, args.visualize)
 
@@ -290,11 +254,11 @@ def label_part(run: Run, todo: list[int], labeller: Labeller, detector: MTCNN | 
                show: bool) -> None:
     """Writes the parts of some chunks, each when it is done."""
     least = least_confidence(labeller.checkpoint, args)
-    with tqdm(total=run.n_files(todo), unit=" pictures", disable=not show, smoothing=0.05) as bar:
+    with tqdm(total=count_files(len(run.photos), todo), unit=" pictures", disable=not show, smoothing=0.05) as bar:
         for chunk, rows in classify_files(run.photos, labeller, detector, settings, todo) if todo else ():
             labels, sets = decide(rows, labeller.checkpoint, least, args.alpha)
             write_part(run, chunk, rows, labels, sets, len(least), many=args.faces == "all")
-            bar.update(run.n_files([chunk]))
+            bar.update(count_files(len(run.photos), [chunk]))
 
 
 def least_confidence(checkpoint: Checkpoint, args) -> torch.Tensor:
@@ -335,7 +299,7 @@ def write_part(run: Run, chunk: int, rows: list[Row], labels: list[str], sets: l
     crops = [row.crop.numpy().tobytes() for row in rows if row.crop is not None]
     for kind, content in (("crops", b"".join(crops)), ("txt", encoded(lines)), ("csv", encoded(table))):
         if content or kind == "csv":
-            with moved_in(run.part(chunk, kind)) as beside:
+            with moved_in(part_path(run.folder, chunk, kind)) as beside:
                 beside.write_bytes(content)
 
 
@@ -365,11 +329,12 @@ def draw_grids(run: Run, args, classes: tuple[str, ...], rank: int, world_size: 
 
 def shown_faces(run: Run, classes: tuple[str, ...]) -> Iterator[tuple[np.ndarray, str, float]]:
     """Crop (112, 112, 3) uint8, answer and confidence of every face, in the order of the results."""
-    for chunk in range(run.n_chunks()):
-        faces = [row for row in read_predictions(run.part(chunk, "csv"), columns(classes)) if row["status"] == "ok"]
+    for chunk in range(count_chunks(len(run.photos))):
+        rows = read_predictions(part_path(run.folder, chunk, "csv"), columns(classes))
+        faces = [row for row in rows if row["status"] == "ok"]
         if not faces:
             continue
-        with open(run.part(chunk, "crops"), "rb") as file:
+        with open(part_path(run.folder, chunk, "crops"), "rb") as file:
             for row in faces:
                 crop = np.frombuffer(file.read(CROP_BYTES), np.uint8).reshape(3, TEMPLATE_SIZE, TEMPLATE_SIZE)
                 yield crop.transpose(1, 2, 0), row["ethnicity"], float(row["confidence"])
@@ -392,11 +357,11 @@ def draw_grid(faces: list[tuple[np.ndarray, str, float]], args, path: Path) -> N
 
 def merge_run(run: Run, args, classes: tuple[str, ...]) -> None:
     """predictions.csv and pred_ethnicities.txt from the parts, in the order of the list."""
-    chunks = range(run.n_chunks())
-    lines = [path for path in (run.part(chunk, "txt") for chunk in chunks) if path.exists()]
+    chunks = range(count_chunks(len(run.photos)))
+    lines = [path for path in (part_path(run.folder, chunk, "txt") for chunk in chunks) if path.exists()]
     merge_parts(lines, args.output_dir / "pred_ethnicities.txt")
     head = encoded([",".join(columns(classes)) + "\n"])
-    merge_parts([run.part(chunk, "csv") for chunk in chunks], args.output_dir / "predictions.csv", head)
+    merge_parts([part_path(run.folder, chunk, "csv") for chunk in chunks], args.output_dir / "predictions.csv", head)
 
 
 @dataclass
@@ -437,48 +402,59 @@ def print_summary(tally: Tally, n_files: int, seconds: float, classes: tuple[str
     print("predicted labels: " + ", ".join(f"{name} {tally.labels[name]:,}" for name in answers))
 
 
-def error_model(checkpoint: Checkpoint, reference: FaceSet | None, labeller: Labeller, detector: MTCNN | None,
-                settings: Settings) -> tuple[np.ndarray, np.ndarray] | None:
-    """Probabilities (m, C) and labels (m,) of faces that tell how the classifier errs; None where nothing does."""
-    if reference is None:
-        known = checkpoint.calibration
-        return (known.val_probs.numpy(), known.val_labels.numpy()) if known else None
+def label_reference(reference: FaceSet, labeller: Labeller, detector: MTCNN | None,
+                    settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (r, C) and labels (r,) of the faces found in the pictures of --reference."""
     settings = replace(settings, align="never" if reference.finished else settings.align, faces="largest", crops=False)
     rows = [row for _, rows in classify_files(reference.paths(), labeller, detector, settings)
             for row in rows if row.status == "ok"]
-    probs = np.stack([row.probs.numpy() for row in rows]) if rows else np.zeros((0, len(checkpoint.spec.classes)))
+    probs = np.stack([row.probs.numpy() for row in rows]) if rows else np.zeros((0, len(labeller.spec.classes)))
     return probs, reference.labels.numpy()[[row.position for row in rows]]
 
 
-def report_shares(tally: Tally, model: tuple[np.ndarray, np.ndarray] | None, args, classes: tuple[str, ...]) -> None:
-    """Prints and writes the estimated shares of the classes, of all faces and of each group of --by."""
+def report_shares(tally: Tally, checkpoint: Checkpoint, own: tuple[np.ndarray, np.ndarray] | None, args) -> None:
+    """Prints and writes the estimated shares of the classes, of all faces and of each group of --by.
+
+    own: the faces of --reference, whose errors weigh beside those of the checkpoint's validation faces.
+    """
     for name in ("shares.json", "shares.png"):
         (args.output_dir / name).unlink(missing_ok=True)
-    if reason := no_shares(tally, model, classes):
+    if reason := no_shares(tally, checkpoint):
         print(f"shares: {reason}")
         return
-    reports = {"all": estimate_shares(tally.probs, *model)}
+    if own and not len(own[1]):
+        print(f"--reference {args.reference}: no face was found, so the shares rest on validation faces alone")
+    known, classes = checkpoint.calibration, checkpoint.spec.classes
+    estimate = partial(estimate_shares, val_probs=known.val_probs.numpy(), val_labels=known.val_labels.numpy(),
+                       reference=own)
+    everyone, groups = estimate(tally.probs), {}
     for i, name in enumerate(tally.group_names):
         if (tally.groups == i).sum() >= FEWEST_FACES:
-            reports[name] = estimate_shares(tally.probs[tally.groups == i], *model)
+            groups[name] = estimate(tally.probs[tally.groups == i])
+    reports = {"all": everyone} | {f"group {printable(name)}": report for name, report in groups.items()}
     for name, report in reports.items():
         print(f"\n{name}\n{format_shares(report, classes)}" if args.by else f"\n{format_shares(report, classes)}")
-    if small := len(tally.group_names) + 1 - len(reports):
+    if small := len(tally.group_names) - len(groups):
         print(f"{small} groups with fewer than {FEWEST_FACES} faces have no estimate of their own")
+    written = {"classes": classes, "all": everyone} | ({"groups": groups} if args.by else {})
     with moved_in(args.output_dir / "shares.json") as beside:
-        beside.write_text(json.dumps({"classes": classes, **reports}, indent=1))
+        beside.write_text(json.dumps(written, indent=1))
     with moved_in(args.output_dir / "shares.png") as beside:
         draw_shares(reports, classes, beside)
 
 
-def no_shares(tally: Tally, model: tuple[np.ndarray, np.ndarray] | None, classes: tuple[str, ...]) -> str:
+def printable(name: str) -> str:
+    """A name that any output takes: bytes of a file name that are no UTF-8 as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def no_shares(tally: Tally, checkpoint: Checkpoint) -> str:
     """Why no shares can be estimated, or ''."""
     if len(tally.probs) < FEWEST_FACES:
         return f"{len(tally.probs)} faces are too few for an estimate (at least {FEWEST_FACES})"
-    if model is None:
+    if checkpoint.calibration is None:
         return "the checkpoint is not calibrated, so nothing is known of its errors (evaluate.py --calibrate)"
-    missing = set(range(len(classes))) - set(model[1].tolist())
-    return f"no face was found in the --reference pictures of {classes[min(missing)]}" if missing else ""
+    return ""
 
 
 if __name__ == "__main__":

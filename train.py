@@ -559,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
         args.parser.error(f"--data: {error}")
     except CheckpointError as error:
         args.parser.error(f"--init {args.init}: {error}")
-    args.train_files = {str(root): faceset_digest(faces.files) for root, faces in zip(args.data, train_sets, strict=True)}
+    args.train_files = {root: faceset_digest(faces.files) for root, faces in zip(args.data, train_sets, strict=True)}
     train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train")
     val = load_crops(val_sets, VAL_CROP, args, "validation")
     args.on_device = args.device.type == "cuda" and fits(train.crops, args.device)

@@ -25,6 +25,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from models.cli import Parser, fraction, natural_int, output_folder, positive_in
 from models.faceset import CHIP_LANDMARKS, SPLITS, central_face
 from models.images import IMAGE_TYPES, PhotoError, collate_photos, decode_photo, walk_images
 from models.mtcnn import MTCNN
+from models.ranks import moved_in
 
 SRC = "data/UTKFace"
 DST = "data/utk_races"
@@ -62,6 +64,8 @@ THUMB = 16                      # side of the grey thumbnails by which pictures 
 NEAR = 0.975
 LENGTH = 4000                   # of a thumbnail as a vector of whole numbers: see near_pairs
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+# What unpacking a damaged archive raises; RuntimeError: an encrypted zip, or one packed in a way zipfile does not know.
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
 class SourceError(Exception):
@@ -141,9 +145,9 @@ def main(argv=None) -> int:
             if listed is None:
                 split_groups(found.chips, groups, args.ratios, args.seed)
             about = write_faceset(partial, found, groups, args)
-            plot_distributions(about["counts"], args.vis_dir)
     except SourceError as error:
         parser.error(str(error))
+    plot_distributions(about["counts"], args.vis_dir)
     report(args, found, groups)
     return 0
 
@@ -167,7 +171,7 @@ def source_folder(src: Path, partial: Path) -> Iterator[Path]:
             target = unpacked.joinpath(*name.parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except BROKEN as error:
         raise SourceError(f"--src {src}: cannot be unpacked ({error})") from None
     yield unpacked
     shutil.rmtree(unpacked)
@@ -237,7 +241,7 @@ def collect_chips(source: Path, listed: dict[str, tuple[str, int]] | None) -> Co
 def read_split_csv(path: Path) -> dict[str, tuple[str, int]]:
     """file -> (split, label) of a list with the columns file, split, label."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:          # spreadsheets write a byte order mark
             reader = csv.DictReader(file)
             if not {"file", "split", "label"} <= set(reader.fieldnames or ()):
                 raise SourceError(f"--split_csv {path}: wants the columns file, split, label, has {reader.fieldnames}")
@@ -533,20 +537,19 @@ def new_folder(dst: Path) -> Iterator[Path]:
 
 def plot_distributions(counts: dict[str, dict[str, int]], folder: Path) -> None:
     """<split>_dist.png for each split: a bar for each class, its count and share on it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     for split, by_class in counts.items():
         total = max(1, sum(by_class.values()))
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
         bars = axes.bar(list(by_class), list(by_class.values()), color="tab:blue", width=0.7)
         axes.bar_label(bars, [f"{n:,}\n{100 * n / total:.1f} %" for n in by_class.values()], padding=2)
         axes.set(title=f"{split}: {sum(by_class.values()):,} pictures", ylabel="pictures")
         axes.margins(y=0.18)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(folder / f"{split}_dist.png", dpi=120)
-        plt.close(figure)
+        with moved_in(folder / f"{split}_dist.png") as beside:
+            figure.savefig(beside, dpi=120)
 
 
 def report(args, found: Collection, groups: list[list[int]]) -> None:

@@ -36,7 +36,8 @@ PATIENCE = 600                      # seconds in which they must have started
 class PlainMTCNN:
     """The original MTCNN procedure: one picture, one pyramid level, one candidate after another.
 
-    Scores stay logits until the end, as in models/mtcnn.py: their order is that of the probabilities.
+    Scores stay logits until the end, their order being that of the probabilities, and offsets are fractions of the box
+    a network saw, also where it reaches over the picture's edge: both as in models/mtcnn.py.
     """
 
     def __init__(self, min_face_size: float = 20, device: torch.device | str = "cpu"):
@@ -78,7 +79,6 @@ class PlainMTCNN:
     def refine(self, pixels: Tensor, boxes: np.ndarray) -> np.ndarray:
         """The candidates that R-Net believes, moved and made square again."""
         answers = self.ask(self.rnet, pixels, boxes, 24)
-        boxes = clipped(boxes, pixels)
         keep = np.nonzero(answers[:, 0] > logit(THRESHOLDS[1]))[0]
         keep = keep[suppress(boxes[keep], answers[keep, 0], 0.7)]
         return squared(shift(boxes[keep], answers[keep, 1:5]))
@@ -86,7 +86,6 @@ class PlainMTCNN:
     def decide(self, pixels: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Boxes (n, 4), logits (n,) and landmarks (n, 5, 2) of the candidates that O-Net believes, best first."""
         answers = self.ask(self.onet, pixels, boxes, 48)
-        boxes = clipped(boxes, pixels)
         side = boxes[:, 2:] - boxes[:, :2] + 1
         points = answers[:, 5:].reshape(-1, 2, 5).transpose(0, 2, 1)
         landmarks = boxes[:, None, :2] + side[:, None] * points
@@ -139,12 +138,6 @@ def squared(boxes: np.ndarray) -> np.ndarray:
     longest = side.max(1, keepdims=True)
     corner = boxes[:, :2] + side / 2 - longest / 2
     return np.concatenate([corner, corner + longest - 1], 1).round()
-
-
-def clipped(boxes: np.ndarray, pixels: Tensor) -> np.ndarray:
-    """Boxes (n, 4) without what lies outside the picture (1, 3, h, w)."""
-    height, width = pixels.shape[2:]
-    return np.concatenate([boxes[:, :2].clip(min=0), np.minimum(boxes[:, 2:], [width - 1, height - 1])], 1)
 
 
 def cut_out(pixels: Tensor, box: list[int], side: int) -> Tensor:

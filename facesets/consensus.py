@@ -36,10 +36,18 @@ from models import cli  # noqa: E402
 from models.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
 from models.images import InputError, PhotoIndex, index_photos  # noqa: E402
 from models.mtcnn import MTCNN  # noqa: E402
-from models.parts import PartsError, open_parts, part_path  # noqa: E402
-from models.pipeline import Labeller, Row, Settings, chunk_size, classify_files, decode_workers, quoted  # noqa: E402
+from models.parts import PartsError, missing_parts, open_parts, part_path  # noqa: E402
+from models.pipeline import (  # noqa: E402
+    Labeller,
+    Row,
+    Settings,
+    classify_files,
+    count_chunks,
+    count_files,
+    decode_workers,
+    quoted,
+)
 from models.ranks import (  # noqa: E402
-    from_first,
     leave_distributed,
     local_share,
     moved_in,
@@ -87,6 +95,7 @@ def build_parser() -> cli.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Counts the votes of each person's pictures, of a table or labelled here, and writes who is kept."""
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
@@ -152,12 +161,14 @@ def consensus_of_folder(parser: cli.Parser, args, rank: int, world_size: int, de
     sample = sample_positions(index_rows(index), args.max_images, args.seed)
     photos = Sample(index, sample)
     label_sample(photos, checkpoint, folder, rank, world_size, device, args)
+    index.close()
     wait_for_all()
     if rank == 0:
         said, digests = read_parts(folder, len(sample))
         votes = count_votes(lambda: index_rows(index, sample, said), classes, args, empty_folders(args.input_dir))
         same = same_pictures(photos, digests)
         write_results(votes, decide(votes, args), lambda: index_rows(index, sample, said), same, args)
+        index.close()
         shutil.rmtree(folder)
 
 
@@ -390,7 +401,9 @@ def begin(args, folder: Path) -> None:
         index = index_photos(folder, [args.input_dir])
     except InputError as error:
         raise PartsError(f"--input_dir {error}") from None
-    if not any("/" in index.name(i) for i in range(len(index))):
+    people = any("/" in index.name(i) for i in range(len(index)))
+    index.close()
+    if not people:
         raise PartsError(f"--input_dir {args.input_dir}: no picture lies in a person's folder")
 
 
@@ -403,18 +416,16 @@ def run_flags(args) -> dict:
 
 def label_sample(photos: Sample, checkpoint, folder: Path, rank: int, world_size: int, device, args) -> None:
     """Labels this rank's share of the sample; the answers of each chunk are a part."""
-    size = chunk_size(len(photos))
-    chunks = range(-(-len(photos) // size))
-    todo = from_first([chunk for chunk in chunks if not part_path(folder, chunk, "npz").exists()])
+    todo = missing_parts(folder, count_chunks(len(photos)), "npz")
     mine = [todo[i] for i in my_part(len(todo), rank, world_size)]
-    workers = args.num_workers
+    n_files, workers = count_files(len(photos), mine), args.num_workers
     if workers is None:
-        workers = decode_workers(len(mine) * size, local_share(cli.worker_count()), device)
+        workers = decode_workers(n_files, local_share(cli.worker_count()), device)
     settings = Settings(args.align, "largest", batch_size=args.batch_size or (256 if device.type == "cuda" else 64),
                         workers=workers, max_side=args.max_side)
     detector = None if args.align == "never" else MTCNN(min_face_size=args.min_face_size).to(device)
     labeller = Labeller(checkpoint, device)
-    with tqdm(total=min(len(mine) * size, len(photos)), unit=" pictures", disable=rank != 0, smoothing=0.05) as bar:
+    with tqdm(total=n_files, unit=" pictures", disable=rank != 0, smoothing=0.05) as bar:
         for chunk, rows in classify_files(photos, labeller, detector, settings, mine) if mine else ():
             with moved_in(part_path(folder, chunk, "npz")) as beside, open(beside, "wb") as file:
                 np.savez(file, said=[answer(row) for row in rows],
@@ -436,9 +447,12 @@ def digest(path: str) -> int:
 
 def read_parts(folder: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
     """What each picture of the sample says (n,) uint8, and its digest (n,) uint64."""
-    parts = [np.load(part_path(folder, chunk, "npz")) for chunk in range(-(-n // chunk_size(n)))]
-    return (np.concatenate([part["said"] for part in parts]).astype(np.uint8),
-            np.concatenate([part["digests"] for part in parts]))
+    said, digests = [], []
+    for chunk in range(count_chunks(n)):
+        with np.load(part_path(folder, chunk, "npz")) as part:
+            said.append(part["said"])
+            digests.append(part["digests"])
+    return np.concatenate(said).astype(np.uint8), np.concatenate(digests)
 
 
 def same_pictures(photos: Sample, digests: np.ndarray) -> dict[bytes, Counter]:

@@ -30,17 +30,18 @@ from models import cli  # noqa: E402
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces  # noqa: E402
 from models.images import InputError, PhotoBatch, PhotoError, PhotoIndex, index_photos, load_photos  # noqa: E402
 from models.mtcnn import MTCNN, Faces  # noqa: E402
-from models.parts import PartsError, open_parts, part_path  # noqa: E402
+from models.parts import PartsError, missing_parts, open_parts, part_path  # noqa: E402
 from models.pipeline import (  # noqa: E402
     DECODE_BATCH,
     chunk_size,
+    count_chunks,
+    count_files,
     decode_workers,
     first_position,
     quoted,
     rank_by_size,
 )
 from models.ranks import (  # noqa: E402
-    from_first,
     leave_distributed,
     local_share,
     merge_parts,
@@ -82,6 +83,7 @@ def build_parser() -> cli.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Aligns every photograph, part by part, and lists what gave no crop."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.out_dir = cli.output_folder(parser, "--out_dir", args.out_dir).resolve()
@@ -94,9 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     open_parts(parser, folder, run_flags(args), lambda folder: begin(args, folder), rank,
                resume=args.resume, overwrite=args.overwrite or args.check_exists)
     photos = Photos(PhotoIndex(folder), args)
-    todo = from_first([chunk for chunk in range(n_chunks(photos)) if not part_path(folder, chunk, "csv").exists()])
+    todo = missing_parts(folder, count_chunks(len(photos)), "csv")
     started = time.perf_counter()
     align_chunks(photos, [todo[i] for i in my_part(len(todo), rank, world_size)], detector, device, args, rank == 0)
+    photos.index.close()
     wait_for_all()
     if rank == 0:
         finish(photos, todo, time.perf_counter() - started, args)
@@ -163,11 +166,6 @@ class Photos:
         return self.index[i]
 
 
-def n_chunks(photos: Photos) -> int:
-    """Chunks of the whole list."""
-    return -(-len(photos) // chunk_size(len(photos)))
-
-
 # ------------------------------------------------------------------------------------------------- photographs to crops
 class CheckoutDetector(torch.nn.Module):
     """src.detect_faces of a checkout of mtcnn-pytorch: one picture at a time, as that code does it.
@@ -194,9 +192,9 @@ class CheckoutDetector(torch.nn.Module):
         """As MTCNN.detect."""
         found = [self.detect_one(image[:, :height, :width].permute(1, 2, 0).contiguous().cpu().numpy())
                  for image, (height, width) in zip(images, sizes.tolist(), strict=True)]
-        boxes, landmarks = (torch.from_numpy(np.concatenate([np.zeros((0, n)), *part])).float()
-                            for n, part in zip((5, 10), zip(*found, strict=True), strict=True))
-        image_index = torch.repeat_interleave(torch.tensor([len(part[0]) for part in found]))
+        boxes, landmarks = (torch.from_numpy(np.concatenate([np.zeros((0, n)), *(pair[i] for pair in found)])).float()
+                            for i, n in enumerate((5, 10)))
+        image_index = torch.repeat_interleave(torch.tensor([len(pair[0]) for pair in found], dtype=torch.int64))
         points = landmarks.unflatten(1, (2, 5)).mT                                      # (n, 5, 2)
         spread = (points - points.mean(1, keepdim=True)).square().sum((1, 2)) > 1        # else no transform exists
         return Faces(*(rows[spread].to(images.device) for rows in (boxes[:, :4], boxes[:, 4], points, image_index)))
@@ -218,7 +216,7 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
                  show: bool) -> None:
     """Writes the crops of some chunks of the list; of each, when it is done, the part: what was skipped and counts."""
     size, n_batches = chunk_size(len(photos)), -(-len(photos) // DECODE_BATCH)
-    per_chunk, n_files = size // DECODE_BATCH, n_photos(photos, chunks)
+    per_chunk, n_files = size // DECODE_BATCH, count_files(len(photos), chunks)
     workers = args.n_threads
     if workers is None:
         workers = decode_workers(n_files, local_share(cli.worker_count()), device)
@@ -231,12 +229,6 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
                 skipped += align_batch(photos, batch, detector, device, args, counts)
                 bar.update(len(batch.positions) + len(batch.failures))
             write_part(photos, chunk, skipped, counts, args)
-
-
-def n_photos(photos: Photos, chunks: list[int]) -> int:
-    """Photographs in some chunks."""
-    size = chunk_size(len(photos))
-    return sum(min(size, len(photos) - chunk * size) for chunk in chunks)
 
 
 def align_batch(photos: Photos, batch: PhotoBatch, detector: torch.nn.Module, device: torch.device, args,
@@ -298,12 +290,12 @@ def write_part(photos: Photos, chunk: int, skipped: list[tuple[int, str, str]], 
 
 def finish(photos: Photos, done: list[int], seconds: float, args) -> None:
     """skipped.csv from the parts, the summary; the folder of parts is gone then."""
-    folder, chunks = args.out_dir / PARTS, range(n_chunks(photos))
+    folder, chunks = args.out_dir / PARTS, range(count_chunks(len(photos)))
     merge_parts([part_path(folder, chunk, "csv") for chunk in chunks], args.out_dir / SKIPPED, b"file,status,reason\n")
     counts = Counter()
     for chunk in chunks:
         counts.update(json.loads(part_path(folder, chunk, "json").read_text()))
-    n_now, n_crops, n_kept = n_photos(photos, done), counts.pop("crops", 0), counts.pop("exists", 0)
+    n_now, n_crops, n_kept = count_files(len(photos), done), counts.pop("crops", 0), counts.pop("exists", 0)
     print(f"{n_now:,} photographs in {seconds:.1f} s: {n_now / max(seconds, 1e-9):.1f} images/s")
     print(f"{n_crops:,} crops of {len(photos) - n_kept - sum(counts.values()):,} photographs in {args.out_dir}")
     if n_kept:

@@ -1,6 +1,8 @@
 """Labelled sets of faces: folders or lists -> paths and labels -> aligned views, however the pictures come."""
 import csv
 import json
+import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.align import TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
-from models.images import load_photos, walk_images
+from models.images import can_share, load_photos, walk_images
 from models.mtcnn import MTCNN, Faces
 
 SPLITS = ("train", "val", "test")
+MAX_SIDE = 3000             # pixels: larger photographs are reduced to it while decoding, as infer.py does by default
 # Mean landmarks of a 200 x 200 UTKFace chip (494 chips): the fall-back where not one face of a set was found.
 CHIP_LANDMARKS = ((59.6, 57.6), (138.1, 57.7), (98.2, 103.8), (63.9, 138.5), (133.2, 138.4))
 
@@ -73,6 +76,11 @@ def read_faceset(root: str | Path, split: str | None = None, class_map: dict[str
     base = root.parent if root.is_file() else root
     return FaceSet(base, [file for file, _ in kept], torch.tensor([label for _, label in kept]), classes,
                    bool(about.get("aligned")), tuple(sorted(found - set(wanted))))
+
+
+def faceset_digest(files: list[str]) -> str:
+    """crc32 over the sorted base names of a set's pictures, 8 hex digits: equal lists, wherever they lie, agree."""
+    return f"{zlib.crc32(os.fsencode(chr(10).join(sorted(os.path.basename(file) for file in files)))):08x}"
 
 
 def read_about(root: Path) -> dict:
@@ -147,12 +155,14 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
 
     Finished crops are cut to the window, and so is any picture of the very size in which crops are handed around. Of
     other pictures the most central large face is aligned by its landmarks; those without a face come last, aligned
-    by the mean landmarks (relative to the picture's size) of those with one.
+    by the mean landmarks (relative to the picture's size) of those with one. Pictures over MAX_SIDE are reduced to it;
+    where shared memory is scarce this process decodes, whatever `workers` says.
     """
+    workers = workers if can_share() else 0
     device = next(detector.parameters()).device
     bar = tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05)
     missed, landmark_sum, n_found = [], torch.zeros(5, 2, dtype=torch.float64), 0
-    for batch in load_photos(paths, batch_size, workers):
+    for batch in load_photos(paths, batch_size, workers, MAX_SIDE):
         bar.update(len(batch.positions) + len(batch.failures))
         images, positions = batch.images.to(device), torch.tensor(batch.positions, dtype=torch.int64)
         ready = (batch.sizes == TEMPLATE_SIZE).all(1) | finished
@@ -174,7 +184,7 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
         yield AlignedBatch(positions[having].tolist(), views.cpu(), "mtcnn", [])
     bar.close()
     mean = landmark_sum / n_found if n_found else torch.tensor(CHIP_LANDMARKS, dtype=torch.float64) / 200
-    for batch in load_photos(paths, batch_size, workers, positions=missed) if missed else ():
+    for batch in load_photos(paths, batch_size, workers, MAX_SIDE, missed) if missed else ():
         landmarks = (mean * batch.sizes.flip(1)[:, None]).float().to(device)
         views = align_faces(batch.images.to(device), batch.sizes.to(device),
                             torch.arange(len(batch.positions), device=device), landmarks, window, side, template)

@@ -1,4 +1,5 @@
 """Files -> uint8 tensors: listing pictures, decoding them whatever their form, batching them."""
+import codecs
 import glob
 import heapq
 import io
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic")
 HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")     # bytes 4 to 12 of such a file
+SHARED_MEMORY = 1 << 30             # bytes free in /dev/shm below which workers could not hand over their pictures
 GROUP_PIXELS = 4_000_000            # a padded batch up to this size is never divided
 
 
@@ -109,6 +111,13 @@ class PhotoIndex:
 
     def __getstate__(self) -> dict:
         return vars(self) | {"handles": {}, "owner": None}
+
+    def close(self) -> None:
+        """Closes this process's files, which Windows could not remove otherwise; reading on opens them again."""
+        if self.owner == os.getpid():
+            for file in self.handles.values():
+                file.close()
+        self.handles, self.owner = {}, None
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """Bytes of a file; names.bin, rows.bin and the shard read last stay open."""
@@ -204,9 +213,13 @@ def tar_members(shards: list[str]) -> Iterator[tuple[str, int, int, int]]:
 
 
 def list_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a list of paths, without empty ones; any bytes but line ends may be in a path."""
+    """The lines of a list of paths, without empty ones; any bytes but line ends may be in a path.
+
+    A byte order mark, which spreadsheets and Windows editors put first, is none of the first path.
+    """
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file):
+            line = line if number else line.removeprefix(codecs.BOM_UTF8)
             if name := line.rstrip(b"\r\n"):
                 yield os.fsdecode(name)
 
@@ -351,6 +364,14 @@ class PhotoBatches(Dataset):
                                       torch.tensor([scales[i] for i in group], dtype=torch.float32),
                                       failures if not batches else []))
         return batches
+
+
+def can_share() -> bool:
+    """Whether decoding workers can hand over their pictures: containers often have 64 MiB of shared memory."""
+    if not os.path.isdir("/dev/shm"):
+        return True
+    room = os.statvfs("/dev/shm")
+    return room.f_bavail * room.f_frsize >= SHARED_MEMORY
 
 
 def load_photos(photos, batch_size: int, workers: int, max_side: int | None = None, positions=None,

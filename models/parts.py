@@ -51,6 +51,11 @@ def prepare(folder: Path, asked: dict, begin: Callable[[Path], None], resume: bo
         raise
 
 
+def missing_parts(folder: Path, n_chunks: int, kind: str) -> list[int]:
+    """The chunks that have no part of a kind yet, as rank 0 sees it for all ranks."""
+    return from_first([chunk for chunk in range(n_chunks) if not part_path(folder, chunk, kind).exists()])
+
+
 def part_path(folder: Path, chunk: int, kind: str) -> Path:
     """File of what a chunk of the list gave; kind is its extension."""
     return folder / f"{chunk:06d}.{kind}"

@@ -16,14 +16,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces
 from models.checkpoint import Checkpoint
 from models.faceset import cut_crops
-from models.images import PhotoBatch, load_photos
+from models.images import PhotoBatch, can_share, load_photos
 from models.mtcnn import MTCNN, Faces
 
 STATUSES = ("ok", "no_face", "unreadable", "too_large")
 DECODE_BATCH = 16           # pictures decoded, and searched for faces, together: 16 of 3 megapixels are 150 MB
 LARGEST_CHUNK = 2048        # files: what an interrupted run does again, at most
 FEW_FILES = 64              # for so many, starting decoding workers takes longer than they save
-SHARED_MEMORY = 1 << 30     # bytes free in /dev/shm below which workers could not hand over their pictures
 
 
 @dataclass
@@ -86,17 +85,24 @@ def chunk_size(n_files: int) -> int:
     return min(LARGEST_CHUNK, -(-n_files // (64 * DECODE_BATCH)) * DECODE_BATCH)
 
 
+def count_chunks(n_files: int) -> int:
+    """Chunks of a list of n_files, which is not empty; the last chunk may be short."""
+    return -(-n_files // chunk_size(n_files))
+
+
+def count_files(n_files: int, chunks: Iterable[int]) -> int:
+    """Files in some chunks of a list of n_files."""
+    size = chunk_size(n_files)
+    return sum(min(size, n_files - chunk * size) for chunk in chunks)
+
+
 def decode_workers(n_files: int, cores: int, device: torch.device) -> int:
     """Default number of decoding workers: all cores before a CUDA device; beside a CPU's network a quarter of them.
 
     Decoding takes a tenth to a quarter of the time of the networks on a CPU.
     """
-    if n_files < FEW_FILES:
+    if n_files < FEW_FILES or not can_share():
         return 0
-    if os.path.isdir("/dev/shm"):
-        room = os.statvfs("/dev/shm")
-        if room.f_bavail * room.f_frsize < SHARED_MEMORY:
-            return 0
     return cores if device.type == "cuda" else max(1, cores // 4)
 
 
@@ -110,7 +116,7 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     size = chunk_size(len(photos))
     n_batches = -(-len(photos) // DECODE_BATCH)
     per_chunk = size // DECODE_BATCH
-    chunks = range(-(-len(photos) // size)) if chunks is None else chunks
+    chunks = range(count_chunks(len(photos))) if chunks is None else chunks
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
     batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers)
     for chunk, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):

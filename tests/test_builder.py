@@ -275,7 +275,7 @@ def test_a_listed_split_is_followed_whole(tmp_path, chips):
     names = [name for name in chips if isinstance(parse := parse_utk_name(name), tuple) and parse[2] < 4]
     listed = {name: splits[i % 3] for i, name in enumerate(names) if i != 5} | {chip_name(900, 0): "val"}
     lines = [f"{name},{split},{name.split('_')[2]}" for name, split in listed.items()]
-    (tmp_path / "split.csv").write_text("\n".join(["file,split,label", *lines]) + "\n")
+    (tmp_path / "split.csv").write_text("\n".join(["file,split,label", *lines]) + "\n", encoding="utf-8-sig")
     built = build(tmp_path, src, "built", "--split_csv", str(tmp_path / "split.csv"))
     found = {row["file"].split("/")[-1]: row["split"] for row in rows_of(built / "manifest.csv")}
     unusable = (chip_name(105, 0), chip_name(900, 0))
@@ -304,11 +304,30 @@ def test_a_finished_set_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_
     assert (mine / "letter.txt").exists()
 
 
+def damage_archives(folder: Path) -> None:
+    """cut.tar.gz ends early, bent.tar.gz and bent.zip hold broken streams, locked.zip says that it is encrypted."""
+    noise = np.random.default_rng(0).bytes(40_000)
+    with tarfile.open(folder / "whole.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo(chip_name(0, 0))
+        member.size = len(noise)
+        archive.addfile(member, io.BytesIO(noise))
+    data = (folder / "whole.tar.gz").read_bytes()
+    (folder / "cut.tar.gz").write_bytes(data[:20_000])
+    (folder / "bent.tar.gz").write_bytes(data[:20_000] + b"\xff" * (len(data) - 20_000))
+    with zipfile.ZipFile(folder / "whole.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(chip_name(0, 0), noise)
+    data = (folder / "whole.zip").read_bytes()
+    (folder / "bent.zip").write_bytes(data[:100] + b"\xff" * 1000 + data[1100:])
+    directory = data.index(b"PK\1\2")
+    (folder / "locked.zip").write_bytes(data[:6] + b"\1" + data[7:directory + 8] + b"\1" + data[directory + 9:])
+
+
 def test_mistakes_are_one_line(tmp_path, chips, capsys):
     src = write_folder(tmp_path / "src", {chip_name(0, 0): chips[chip_name(0, 0)]})
     where = ["--dst", tmp_path / "built", "--vis_dir", tmp_path / "plots", "--workers", "0"]
     write_folder(tmp_path / "empty", {})
     (tmp_path / "broken.tar").write_bytes(b"nothing")
+    damage_archives(tmp_path)
     (tmp_path / "columns.csv").write_text("image,class\n")
     (tmp_path / "label.csv").write_text(f"file,split,label\n{chip_name(0, 0)},train,2\n")
     (tmp_path / "split.csv").write_text(f"file,split,label\n{chip_name(0, 0)},training,0\n")
@@ -317,6 +336,10 @@ def test_mistakes_are_one_line(tmp_path, chips, capsys):
             (["--src", tmp_path / "none"], "no such folder or archive"),
             (["--src", tmp_path / "empty"], "no chip"),
             (["--src", tmp_path / "broken.tar"], "broken.tar: cannot be unpacked"),
+            (["--src", tmp_path / "cut.tar.gz"], "cut.tar.gz: cannot be unpacked"),
+            (["--src", tmp_path / "bent.tar.gz"], "bent.tar.gz: cannot be unpacked"),
+            (["--src", tmp_path / "bent.zip"], "bent.zip: cannot be unpacked"),
+            (["--src", tmp_path / "locked.zip"], "locked.zip: cannot be unpacked"),
             (["--src", tmp_path / "label.csv"], "wants a folder or a file of"),
             (["--src", src, "--split_csv", tmp_path / "columns.csv"], "wants the columns file, split, label"),
             (["--src", src, "--split_csv", tmp_path / "label.csv"], "contradicts"),

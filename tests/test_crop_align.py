@@ -168,6 +168,10 @@ def test_a_checkout_of_mtcnn_pytorch_takes_the_place_of_the_networks(tmp_path, m
     red = [decode_photo(out / f"two.png_{face}.jpg")[0][0].float().mean() for face in (0, 1)]
     assert red[0] > 200 > 60 > red[1]                                                   # the larger face came first
     assert str(checkout) not in sys.path
+    for path in photos.iterdir():
+        path.write_text("no picture")
+    main(["--in_dir", "photos", "--out_dir", "bad", "--mtcnn_pytorch_path", "checkout", "--n_threads", "0"])
+    assert [row[1] for row in rows(tmp_path / "bad")[1:]] == ["unreadable"] * 3
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(["--in_dir", "photos", "--out_dir", "other", "--mtcnn_pytorch_path", "photos"])

@@ -14,6 +14,7 @@ import evaluate
 from models.align import TEMPLATE
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
+from models.faceset import faceset_digest
 from models.metrics import calibration_error, proper_scores, reliability_bins, risk_coverage
 
 CLASSES = ("White", "Black", "Asian", "Indian")
@@ -115,6 +116,14 @@ def test_manifest_says_which_pictures_count_apart(built, trained, tmp_path):
     assert sum(row["n"] for row in figures["age_gender"]) == 40
     hits = sum(row["accuracy"] * row["n"] for row in figures["age_gender"])
     assert hits / 40 == pytest.approx(figures["accuracy"])
+    table = list(csv.DictReader((tmp_path / "test_age_gender.csv").open(newline="")))
+    for row, cells in zip(figures["age_gender"], table, strict=True):
+        assert [row[key] for key in ("class", "age_band", "gender")] == list(cells.values())[:3]
+        assert float(cells["accuracy_low"]) <= float(cells["accuracy"]) <= float(cells["accuracy_high"])
+        gap = row["mean_confidence"] - row["accuracy"]
+        assert row["calibration_gap"] == pytest.approx(gap)
+        assert row["calibration_gap_ci95"][0] <= gap <= row["calibration_gap_ci95"][1]
+        assert row["abstained"] is None and cells["abstained"] == ""        # no calibration, no threshold
 
 
 def test_names_and_order_of_folders_do_not_matter(built, trained, tmp_path, capsys):
@@ -148,6 +157,10 @@ def test_calibrate_adds_to_the_checkpoint_and_changes_nothing_else(built, traine
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     assert set(figures["abstention"]["per_class"]) == set(CLASSES)
     assert 0 <= figures["abstention"]["abstained"] <= 1
+    unanswered = sum(row["abstained"] * row["n"] for row in figures["age_gender"])
+    assert unanswered == pytest.approx(figures["abstention"]["abstained"] * figures["n"])
+    for scores in figures["calibration"].values():
+        assert scores["ece_ci95"][0] <= scores["ece_debiased"] <= scores["ece_ci95"][1]
     assert 0.7 < figures["abstention"]["set_coverage"] <= 1
 
     table = tmp_path / "predictions.csv"
@@ -161,6 +174,22 @@ def test_calibrate_adds_to_the_checkpoint_and_changes_nothing_else(built, traine
     assert report["n"] == 40
     # validation's own composition comes back
     assert report["methods"][report["default"]]["shares"] == pytest.approx([0.25] * 4, abs=1e-6)
+
+
+def test_another_split_than_the_one_trained_on_is_said(built, trained, tmp_path, capsys):
+    data, ckpt = shutil.copytree(built, tmp_path / "data"), tmp_path / "told.pt"
+    shutil.copytree(data / "val", data / "train")
+    told = load_checkpoint(trained)
+    told.about["train_files"] = {"data": faceset_digest([f"{i}.png" for i in range(10)] * 4)}
+    save_checkpoint(ckpt, told)
+    run(data, ckpt, tmp_path)
+    assert "another split" not in capsys.readouterr().out
+    (data / "train" / "0" / "0.png").rename(data / "train" / "0" / "new.png")
+    run(data, ckpt, tmp_path)
+    assert "warning: the checkpoint was trained on another split" in capsys.readouterr().out
+    run(data, trained, tmp_path)                                    # it does not say what it was trained on
+    assert "another split" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_mistakes_are_one_line_that_names_the_flag(built, trained, tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from models.align import WHOLE
-from models.faceset import FaceSetError, align_set, central_face, read_faceset
+from models.faceset import FaceSetError, align_set, central_face, faceset_digest, read_faceset
 from models.mtcnn import MTCNN, Faces
 
 CLASSES = ("White", "Black", "Asian", "Indian")
@@ -196,3 +196,16 @@ def test_real_chips_are_aligned_by_landmarks_wherever_they_lie(faces_data, tmp_p
     assert len(both) >= 9
     differences = torch.stack([(views["chip", i].float() - views["large", i].float()).abs().mean() for i in both])
     assert differences.median() < 6                                     # grey levels: the same face, the same place
+
+
+def test_a_digest_is_that_of_the_names_alone():
+    assert faceset_digest(["train/0/b.jpg", "train/1/a.jpg"]) == faceset_digest(["/x/a.jpg", "b.jpg"]) == "3b683f0b"
+    assert faceset_digest(["a.jpg", "b.jpg"]) != faceset_digest(["a.jpg"]) and len(faceset_digest([])) == 8
+
+
+def test_a_huge_picture_is_reduced_while_decoding(tmp_path, detector, monkeypatch):
+    asked = []
+    monkeypatch.setattr("models.faceset.load_photos", lambda *args: asked.append(args[2:4]) or iter(()))
+    monkeypatch.setattr("models.faceset.can_share", lambda: False)
+    list(align_set(["a.jpg"], False, detector, WHOLE, 8, workers=4))
+    assert asked == [(0, 3000)]

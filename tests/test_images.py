@@ -80,12 +80,16 @@ def test_index_names_the_files_it_opens(folder, tmp_path):
     assert all(os.path.isfile(index[i]) for i in range(len(index)))
     again = pickle.loads(pickle.dumps(index))
     assert again[3] == index[3]
+    files = list(index.handles.values())
+    index.close()
+    assert files and all(file.closed for file in files) and not index.handles
+    assert again[3] == index[3]                                 # what was closed opens again
     with pytest.raises(IndexError):
         index[len(index)]
 
 
 def test_list_keeps_its_order_and_its_lines(tmp_path):
-    (tmp_path / "list.txt").write_bytes(b"z.jpg\r\n\nsub dir/a.jpg\nz.jpg\nbad\xff.png")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfz.jpg\r\n\nsub dir/a.jpg\nz.jpg\nbad\xff.png")
     (tmp_path / "root").mkdir()
     index = index_photos(tmp_path, [str(tmp_path / "root")], str(tmp_path / "list.txt"))
     names = ["z.jpg", "sub dir/a.jpg", "z.jpg", os.fsdecode(b"bad\xff.png")]

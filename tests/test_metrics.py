@@ -5,7 +5,7 @@ import pytest
 import sklearn.metrics
 import torch
 
-from models.metrics import class_figures, confusion_matrix, mcnemar_exact, wilson_interval
+from models.metrics import class_figures, confusion_matrix, ece_interval, mcnemar_exact, wilson_interval
 
 
 def random_pair(n: int, n_classes: int = 4, seed: int = 0):
@@ -73,3 +73,17 @@ def test_mcnemar_is_the_binomial_test_on_the_pictures_that_differ():
 def test_mcnemar_of_equal_classifiers_is_one():
     same = torch.tensor([True, False, True])
     assert mcnemar_exact(same, same) == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.03])
+def test_the_calibration_errors_interval_holds_the_true_error(shift):
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(20):
+        stated = 0.55 + 0.4 * torch.rand(1000, generator=generator)
+        low, high = ece_interval(stated, torch.rand(1000, generator=generator) < stated - shift, n_resamples=100)
+        assert 0 <= low <= high < 0.1
+        held += low <= shift <= high
+    assert held >= 17
+    assert ece_interval(stated, stated > 0.6) == ece_interval(stated, stated > 0.6)
+    assert ece_interval(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) == (0, 1)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def read_pictures(folder, wanted):
     pictures = {}
     for archive, names in wanted.items():
         if not (folder / archive).exists():
-            pytest.skip(f"{archive} is not in {folder}")
+            (pytest.fail if os.environ.get("FACES_REQUIRED") else pytest.skip)(f"{archive} is not in {folder}")
         with tarfile.open(folder / archive) as tar:
             for member in tar:
                 if member.name in names:
@@ -144,9 +145,13 @@ def sure_and_large(boxes, scores):
 
 
 @pytest.mark.real
-def test_agrees_with_the_reference(faces_data):
-    """With clip_boxes, for the reference clips too."""
-    detector = MTCNN(clip_boxes=True)
+@pytest.mark.parametrize("clip_boxes, same", [(True, 0.8), (False, 0.5)])
+def test_agrees_with_the_reference(clip_boxes, same, faces_data):
+    """The reference clips boxes to the picture between its networks; so does clip_boxes, and then boxes and landmarks
+    are to be its own. The deployed variant does not, so a face at the picture's edge has another box and, seen whole
+    by the last network, other landmarks: it is to find the same faces, by an IoU of 0.5.
+    """
+    detector = MTCNN(clip_boxes=clip_boxes)
     with open(faces_data / "mtcnn_reference.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     wanted, reference = {}, {}
@@ -162,16 +167,18 @@ def test_agrees_with_the_reference(faces_data):
         overlap = overlaps(theirs[:, 1:5], boxes)
         for i in sure_and_large(theirs[:, 1:5], theirs[:, 0]).nonzero()[0]:
             n_reference += 1
-            if overlap[i].max(initial=0) >= 0.8:
+            if overlap[i].max(initial=0) >= same:
                 n_found += 1
                 points = theirs[i, 5:].reshape(5, 2)
                 error = np.linalg.norm(landmarks[overlap[i].argmax()] - points, axis=1).mean()
                 distances.append(error / np.linalg.norm(points[0] - points[1]))
-        n_extra += (sure_and_large(boxes, scores) & (overlap.max(0, initial=0) < 0.8)).sum()
-    print(f"found {n_found} of {n_reference}, {n_extra} extra, landmarks {np.mean(distances):.2%}")
+        n_extra += (sure_and_large(boxes, scores) & (overlap.max(0, initial=0) < same)).sum()
+    print(f"clip_boxes {clip_boxes}: found {n_found} of {n_reference} at IoU {same}, {n_extra} extra, "
+          f"landmarks {np.mean(distances):.2%}")
     assert n_found / n_reference >= 0.99
-    assert n_extra / n_reference <= 0.02
-    assert np.mean(distances) <= 0.02
+    if clip_boxes:
+        assert n_extra / n_reference <= 0.02
+        assert np.mean(distances) <= 0.02
 
 
 @pytest.mark.real

@@ -61,7 +61,7 @@ def test_build_train_evaluate_infer(faces_data, tmp_path, monkeypatch):
     assert len(manifest) >= 2000 and {row["aligned_by"] for row in manifest} == {"mtcnn", "template"}
     assert all((tmp_path / "races" / row["file"]).is_file() for row in manifest)
 
-    short = train.Recipe((14, 24, 98, 108), ((1.0, 64),), "cosine", 1, 0.05, 0.0, 0.0, 0.98, False, "best")
+    short = train.Recipe((16, 30, 96, 110), ((1.0, 64),), "cosine", 1, 0.05, 0.0, 0.0, 0.98, False, "best")
     monkeypatch.setitem(train.RECIPES, "default", short)
     train.main(["--data", str(tmp_path / "races"), "--out", str(tmp_path / "short.pt"), "--epochs", "6",
                 "--vis_dir", str(tmp_path / "vis")])
@@ -128,7 +128,7 @@ def test_labels_do_not_come_from_outside_the_chip(faces_data, classifier, tmp_pa
     """Faces as they are, and with everything outside an average chip blacked out, get the same label in >= 98.5 %."""
     photos = unpack(faces_data / "wild.tar", tmp_path) + unpack(faces_data / "FairFace_val.tar", tmp_path)
     detector, spec, same = MTCNN(), classifier.spec, []
-    for batch in load_photos(photos, 1, 2):
+    for batch in load_photos(photos, 16, 1):
         faces = detector.detect(batch.images, batch.sizes)
         for some in torch.arange(len(faces.boxes)).split(8):
             index, landmarks = faces.image_index[some], faces.landmarks[some]
