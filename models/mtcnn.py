@@ -65,7 +65,7 @@ class MTCNN(nn.Module):
         return self.decide(images, sizes, boxes, image_index)
 
     def seen(self, boxes: Tensor, sizes: Tensor, image_index: Tensor) -> Tensor:
-        """The boxes (n, 4) whose sides a network's offsets are fractions of: what it saw, with clip_boxes its inside."""
+        """The boxes (n, 4) whose sides the offsets are fractions of: what a network saw; if clip_boxes, its inside."""
         return clipped(boxes, sizes.to(boxes.device)[image_index]) if self.clip_boxes else boxes
 
     def propose(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
