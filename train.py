@@ -492,7 +492,7 @@ def draw_losses(log: Path, path: Path) -> None:
             left.axvline(row["epoch"] - 0.5, color="grey", linewidth=0.8, linestyle=":")
             left.annotate(f"{row['input_size']} px", (row["epoch"] - 0.4, left.get_ylim()[1]), va="top", fontsize=8)
     lines = left.get_lines()[:2] + right.get_lines()
-    left.legend(lines, [line.get_label() for line in lines], loc="center right")
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=3)
     with moved_in(path) as beside:
         figure.savefig(beside, dpi=120, format="png")
 
