@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(drawn_set, tmp_path, small_reci
 def test_two_ranks_by_torchrun(drawn_set, tmp_path):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(ROOT / "train.py"),
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
          "--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--device", "cpu", "--workers",
          "0", "--vis_dir", str(tmp_path)], capture_output=True, text=True, env=environment, timeout=170)
     assert done.returncode == 0, done.stderr[-2000:]
