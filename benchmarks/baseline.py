@@ -65,11 +65,11 @@ class PlainMTCNN:
         scale, found = 12 / self.min_face_size, []
         while min(height, width) * scale > 12:
             size = (math.ceil(height * scale), math.ceil(width * scale))
-            maps = self.pnet((resize(photo, *size).float() - 127.5) / 128)[0].cpu().numpy()     # (5, h', w')
-            rows, columns = np.nonzero(maps[0] > logit(THRESHOLDS[0]))
+            maps = self.pnet((resize(photo, *size).float() - 127.5) / 128)[0].cpu().numpy()     # (h', w', 5)
+            rows, columns = np.nonzero(maps[..., 0] > logit(THRESHOLDS[0]))
             corner = np.stack([columns, rows], 1) * 2 + 1
             boxes = np.concatenate([corner, corner + 12], 1) / scale
-            cells = np.concatenate([boxes.round(), maps[:, rows, columns].T], 1)                # (n, 9)
+            cells = np.concatenate([boxes.round(), maps[rows, columns]], 1)                     # (n, 9)
             found.append(cells[suppress(cells[:, :4], cells[:, 4], 0.5)])
             scale *= 0.707
         cells = np.concatenate(found) if found else np.zeros((0, 9))

@@ -5,6 +5,7 @@ Zhang, Zhang, Li, Qiao, "Joint Face Detection and Alignment using Multi-task Cas
 x2 - x1 + 1. The networks' weights are those of facenet-pytorch 2.6.0 (checkpoints/mtcnn.LICENSE.txt).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "checkpoints" / "mtcnn.pt"
 PYRAMID_FACTOR = 0.707          # each level half the area of the one before
 CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window moved by 2
 LEVEL_NMS = 0.5                 # overlap allowed between P-Net's boxes of one level
-CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # pixels of the finest level in one call of P-Net; on a CPU, what
-CHUNK_CROPS = {"cpu": 32, "cuda": 2048}             # its caches hold. Crops in one call of R-Net or O-Net, likewise
+CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # pixels of a level in one call of P-Net; on a CPU, what its caches
+CHUNK_CROPS = {"cpu": 32, "cuda": 2048}             # hold. Crops in one call of R-Net or O-Net, likewise
+LANES = 16                      # floats that a CPU's vector instructions take at once: channels are padded to these
 
 
 @dataclass
@@ -51,6 +53,7 @@ class MTCNN(nn.Module):
         self.min_face_size, self.thresholds, self.nms_thresholds = min_face_size, thresholds, nms_thresholds
         self.pnet, self.rnet, self.onet = build_pnet(), build_rnet(), build_onet()
         self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.pnet, self.rnet, self.onet = map(pad_channels, (self.pnet, self.rnet, self.onet))
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)      # 2 to 4 times as fast on a CPU
 
     @torch.inference_mode()
@@ -78,7 +81,8 @@ class MTCNN(nn.Module):
             chunk = max(1, CHUNK_PIXELS[images.device.type] // (levels[0][1] * levels[0][2]))
             for part in index.split(chunk):
                 part = part.to(images.device)
-                maps = [self.pnet(resized) for resized in resize_levels(images[part, :, :height, :width], levels)]
+                maps = [run_pnet(self.pnet, resized)
+                        for resized in resize_levels(images[part, :, :height, :width], levels)]
                 boxes, scores, offsets, level, image = cells_to_boxes(maps, levels, logit(self.thresholds[0]))
                 keep = suppress(boxes, scores, image * len(levels) + level, LEVEL_NMS)
                 keep = keep[suppress(boxes[keep], scores[keep], image[keep], self.nms_thresholds[0])]
@@ -91,7 +95,7 @@ class MTCNN(nn.Module):
 
     def refine(self, images: Tensor, sizes: Tensor, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 2: the candidates that R-Net believes, moved by its offsets."""
-        scores, offsets = run_on_crops(self.rnet, images, sizes, boxes, image_index, 24).split([1, 4], 1)
+        scores, offsets = run_on_crops(self.rnet, images, boxes, image_index, 24).split([1, 4], 1)
         boxes, scores = self.seen(boxes, sizes, image_index), scores[:, 0]
         keep = (scores > logit(self.thresholds[1])).nonzero()[:, 0]
         keep = keep[suppress(boxes[keep], scores[keep], image_index[keep], self.nms_thresholds[1])]
@@ -99,7 +103,7 @@ class MTCNN(nn.Module):
 
     def decide(self, images: Tensor, sizes: Tensor, boxes: Tensor, image_index: Tensor) -> Faces:
         """Stage 3: the candidates that O-Net believes, with landmarks, in the order that Faces promises."""
-        scores, offsets, points = run_on_crops(self.onet, images, sizes, boxes, image_index, 48).split([1, 4, 10], 1)
+        scores, offsets, points = run_on_crops(self.onet, images, boxes, image_index, 48).split([1, 4, 10], 1)
         boxes, scores = self.seen(boxes, sizes, image_index), scores[:, 0]
         side = boxes[:, 2:] - boxes[:, :2] + 1
         landmarks = boxes[:, None, :2] + side[:, None] * points.unflatten(1, (2, 5)).mT      # (n, 5, 2)
@@ -113,13 +117,20 @@ class MTCNN(nn.Module):
         return Faces(boxes[kept], scores[keep].sigmoid(), landmarks[keep], image_index[keep])
 
 
+class CellHead(nn.Conv2d):
+    """A 1 x 1 convolution as what it is, a matrix product: (B, C, h, w) -> (B, h, w, outputs)."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.linear(maps.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+
+
 def build_pnet() -> nn.Sequential:
-    """P-Net: (B, 3, h, w) float32 -> (B, 5, h', w'), the face logit and four box offsets of each cell."""
+    """P-Net: (B, 3, h, w) float32 -> (B, h', w', 5), the face logit and four box offsets of each cell."""
     return nn.Sequential(
         nn.Conv2d(3, 10, 3), nn.PReLU(10), nn.MaxPool2d(2, 2, ceil_mode=True),
         nn.Conv2d(10, 16, 3), nn.PReLU(16),
         nn.Conv2d(16, 32, 3), nn.PReLU(32),
-        nn.Conv2d(32, 5, 1))
+        CellHead(32, 5, 1))
 
 
 def build_rnet() -> nn.Sequential:
@@ -141,6 +152,24 @@ def build_onet() -> nn.Sequential:
         nn.Conv2d(64, 128, 2), nn.PReLU(128), nn.Flatten(),
         nn.Linear(1152, 256), nn.PReLU(256),
         nn.Linear(256, 15))
+
+
+def pad_channels(net: nn.Sequential) -> nn.Sequential:
+    """The same network, with channels of zeros up to whole vectors of LANES between its convolutions."""
+    layers, extra = [], 0                                           # extra: channels added to what comes in
+    for layer in net:
+        if isinstance(layer, nn.Conv2d):
+            out, into = layer.weight.shape[:2]
+            more = 0 if isinstance(layer, CellHead) else -out % LANES
+            padded = type(layer)(into + extra, out + more, layer.kernel_size)
+            padded.weight = nn.Parameter(F.pad(layer.weight, (0, 0, 0, 0, 0, extra, 0, more)))
+            padded.bias = nn.Parameter(F.pad(layer.bias, (0, more)))
+            layer, extra = padded, more
+        elif isinstance(layer, nn.PReLU) and extra:
+            slopes, layer = layer.weight, nn.PReLU(layer.num_parameters + extra)
+            layer.weight = nn.Parameter(F.pad(slopes, (0, extra)))
+        layers.append(layer)
+    return nn.Sequential(*layers)
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -187,13 +216,18 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     left, right, left_weight, right_weight = fixed_point_axis(images.shape[3], width, images.device)
     top, bottom, top_weight, bottom_weight = fixed_point_axis(images.shape[2], height, images.device)
 
-    def blend(rows: Tensor) -> Tensor:
-        rows = images.index_select(2, rows)
-        return rows.index_select(3, left).int() * left_weight + rows.index_select(3, right).int() * right_weight >> 4
+    def columns(rows: Tensor, which: Tensor) -> Tensor:             # four times as fast as index_select on a CPU
+        return rows.gather(3, which.expand(*rows.shape[:3], width)).int()
 
-    return ((blend(top) * top_weight[:, None] >> 16) + (blend(bottom) * bottom_weight[:, None] >> 16) + 2) >> 2
+    def blend(which: Tensor, weight: Tensor) -> Tensor:             # in place: half the time is memory's
+        rows = images.index_select(2, which)
+        across = columns(rows, left).mul_(left_weight).add_(columns(rows, right).mul_(right_weight))
+        return across.bitwise_right_shift_(4).mul_(weight[:, None]).bitwise_right_shift_(16)
+
+    return blend(top, top_weight).add_(blend(bottom, bottom_weight)).add_(2).bitwise_right_shift_(2)
 
 
+@functools.lru_cache(maxsize=1024)
 def fixed_point_axis(length: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each of `target` samples of an axis: near and far pixel (int64), and their weights in 1/2048 (int32)."""
     at = ((torch.arange(target, dtype=torch.float64) + 0.5) * (length / target) - 0.5).float().clamp(0, length - 1)
@@ -203,15 +237,23 @@ def fixed_point_axis(length: int, target: int, device: torch.device) -> tuple[Te
     return near.long().to(device), far.long().to(device), near_weight.to(device), far_weight.to(device)
 
 
+def run_pnet(net: nn.Sequential, level: Tensor) -> Tensor:
+    """P-Net on a level (b, 3, h, w), in bands of CHUNK_PIXELS: (b, h', w', 5). A cell sees the rows it would anyway."""
+    rows = math.ceil((level.shape[2] - 2) / STRIDE) - 4
+    band = max(1, CHUNK_PIXELS[level.device.type] // (level.shape[0] * level.shape[3] * STRIDE))
+    return torch.cat([net(level[:, :, first * STRIDE:min(first + band, rows) * STRIDE + CELL - STRIDE])
+                      for first in range(0, rows, band)], 1)
+
+
 def cells_to_boxes(maps: list[Tensor], levels: list[tuple[float, int, int]], threshold: float):
-    """P-Net's cells above a threshold of the logit, from its output (b, 5, h', w') for each level.
+    """P-Net's cells above a threshold of the logit, from its output (b, h', w', 5) for each level.
 
     Returns boxes (n, 4) float32, the cells in pixels of the image; scores (n,); offsets (n, 4); level (n,); image (n,).
     """
-    rows = torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in maps], 1)                # (b, cells, 5)
+    rows = torch.cat([m.flatten(1, 2) for m in maps], 1)                                    # (b, cells, 5)
     device = rows.device
-    starts = torch.tensor([0] + [m[0, 0].numel() for m in maps], device=device).cumsum(0)
-    widths = torch.tensor([m.shape[3] for m in maps], device=device)
+    starts = torch.tensor([0] + [m.shape[1] * m.shape[2] for m in maps], device=device).cumsum(0)
+    widths = torch.tensor([m.shape[2] for m in maps], device=device)
     scales = torch.tensor([level[0] for level in levels], device=device, dtype=torch.float64)
     image, cell = (rows[..., 0] > threshold).nonzero(as_tuple=True)
     level = torch.bucketize(cell, starts, right=True) - 1
@@ -254,9 +296,9 @@ def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> 
     counts = group.unique_consecutive(return_counts=True)[1].tolist()
     kept, start = [group.new_zeros(0)], 0
     for some, their_scores in zip(ends.split(counts), scores.split(counts), strict=True):
-        kept.append(nms(some, their_scores, threshold).sort().values + start)
+        kept.append(nms(some, their_scores, threshold) + start)
         start += len(some)
-    return torch.cat(kept)
+    return torch.cat(kept).sort().values
 
 
 def suppress_nested(boxes: Tensor, image_index: Tensor, threshold: float) -> Tensor:
@@ -279,28 +321,29 @@ def suppress_nested(boxes: Tensor, image_index: Tensor, threshold: float) -> Ten
         stays = after
 
 
-def run_on_crops(net: nn.Sequential, images: Tensor, sizes: Tensor, boxes: Tensor, image_index: Tensor,
-                 side: int) -> Tensor:
+def run_on_crops(net: nn.Sequential, images: Tensor, boxes: Tensor, image_index: Tensor, side: int) -> Tensor:
     """What R-Net or O-Net (side 24 or 48) says of boxes (n, 4) of images: (n, 5) or (n, 15) float32."""
-    counts = image_index.bincount(minlength=len(images)).tolist()
-    crops = [boxes.new_zeros((0, 3, side, side))]
-    for image, (height, width), some in zip(images, sizes.tolist(), boxes.split(counts), strict=True):
-        if len(some):
-            crops.append(crop(image[:, :height, :width], some, side))
-    chunks = torch.cat(crops).contiguous(memory_format=torch.channels_last).split(CHUNK_CROPS[images.device.type])
-    return torch.cat([net(normalised(chunk)) for chunk in chunks])
+    crops = cut_boxes(images, boxes, image_index, side)
+    return torch.cat([net(normalised(chunk)) for chunk in crops.split(CHUNK_CROPS[images.device.type])])
 
 
-def crop(image: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Boxes (n, 4) cut out of an image (3, h, w) uint8 and resized: (n, 3, side, side) float32, 0 to 255.
+def cut_boxes(images: Tensor, boxes: Tensor, image_index: Tensor, side: int) -> Tensor:
+    """Boxes (n, 4) cut out of their images (B, 3, H, W) uint8 and resized: (n, 3, side, side) float32, 0 to 255.
 
-    Bilinear between the pixels of the box, which are black outside the image.
+    Bilinear between the pixels of the box, which are black outside the image, as is an image's padding.
+    image_index (n,) int64 is ascending.
     """
-    x = sample_axis(boxes[:, 0], boxes[:, 2], side, image.shape[2])
-    y = sample_axis(boxes[:, 1], boxes[:, 3], side, image.shape[1])
+    x = sample_axis(boxes[:, 0], boxes[:, 2], side, images.shape[3])
+    y = sample_axis(boxes[:, 1], boxes[:, 3], side, images.shape[2])
     grid = torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], 3)
-    pixels = image.float().expand(len(boxes), -1, -1, -1)
-    return F.grid_sample(pixels, grid, padding_mode="zeros", align_corners=False)
+    crops = torch.empty((len(boxes), 3, side, side), device=images.device, memory_format=torch.channels_last)
+    counts = image_index.bincount(minlength=len(images)).tolist()
+    for image, points, target in zip(images, grid.split(counts), crops.split(counts), strict=True):
+        if len(points):
+            pixels = F.grid_sample(image[None].float(), points.reshape(1, -1, side, 2), padding_mode="zeros",
+                                   align_corners=False)
+            target.copy_(pixels.view(3, len(points), side, side).transpose(0, 1))
+    return crops
 
 
 def sample_axis(first: Tensor, last: Tensor, side: int, length: int) -> Tensor:
