@@ -460,8 +460,8 @@ def bench_epoch(bench: Bench) -> Result:
 
     def steps_of(rows):
         with redirect_stderr(io.StringIO()):                            # a progress bar
-            train.train_one_epoch(training, training.model, train.Crops(data.crops[:len(rows)], data.labels[:len(rows)]),
-                                  recipe, side, args)
+            some = train.Crops(data.crops[:len(rows)], data.labels[:len(rows)])
+            train.train_one_epoch(training, training.model, some, recipe, side, args)
 
     ours, ceiling, other = result.figures = take_turns(f"training, batch {BATCH}", {
         "ours, crops in memory to steps": (steps_of, paths),
