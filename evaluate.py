@@ -49,6 +49,7 @@ from models.pipeline import read_predictions
 from models.ranks import moved_in
 from models.shares import draw_shares, estimate_shares, format_shares
 
+CKPT = "checkpoints/resnet18_utk.pt"            # in the project, wherever the command is run
 AGE_BANDS = (0, 10, 20, 30, 40, 60)             # lower ends, years
 GENDERS = {"0": "male", "1": "female"}          # as UTKFace's file names have it
 MANIFEST_COLUMNS = {"file", "split", "age", "gender", "aligned_by", "duplicate_group"}
@@ -61,13 +62,15 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("--data", default="data/utk_races", help="folder of splits or of class folders, or a CSV list (%(default)s)")
     add("--split", help="folder of --data to read, where it has splits (test; val with --calibrate)")
-    add("--ckpt", default="checkpoints/resnet18_utk.pt", help="the classifier (%(default)s)")
+    add("--ckpt", default=str(Path(__file__).resolve().parent / CKPT),
+        help=f"the classifier: a checkpoint of train.py, or a published Lightning one (the project's {CKPT})")
     add("--out_dir", default="visualizations", help="where figures go (%(default)s)")
     add("--name", help="first part of the figures' names (the split)")
-    add("--class_map", type=cli.class_map, help="other names of the checkpoint's classes: FROM=TO,FROM=TO")
+    add("--class_map", type=cli.class_map,
+        help="names to read differently, of folders and of the checkpoint's classes: FROM=TO,FROM=TO")
     add("--batch_size", type=cli.positive_int, default=32, help="pictures in one step (%(default)s)")
     add("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes (%(default)s)")
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    cli.add_device(parser)
     add("--flip", action="store_true", help="average the logits of each face and of its mirror image")
     add("--through_112", action="store_true", help="state beside it the accuracy through finished 112 x 112 JPEG crops")
     add("--save_probs", action="store_true", help="also write <name>_probs.npz: files, labels, logits, probs")
@@ -127,13 +130,25 @@ def open_faceset(parser: cli.Parser, args, classes: tuple[str, ...]) -> FaceSet:
     return faces
 
 
+def report_classes(classes: tuple[str, ...], class_map: dict[str, str] | None) -> tuple[str, ...]:
+    """The checkpoint's classes as the report names them: class_map renames those it gives a name that is none of them.
+
+    So Caucasian=White serves a checkpoint of either name on folders of either name. Names that class_map would join
+    stay as they are: they are two outputs of the network.
+    """
+    class_map = class_map or {}
+    renamed = tuple(name if class_map.get(name, name) in classes else class_map[name] for name in classes)
+    return renamed if len(set(renamed)) == len(renamed) else classes
+
+
 def warn_of_another_split(checkpoint: Checkpoint, args) -> None:
     """One line where --data is a builder's set whose training pictures are not those the checkpoint was trained on."""
     trained_on = checkpoint.about.get("train_files")
     if trained_on is None or not read_about(Path(args.data)) or not (Path(args.data) / "train").is_dir():
         return
     try:
-        train = read_faceset(args.data, "train", args.class_map, checkpoint.spec.classes)
+        train = read_faceset(args.data, "train", args.class_map,
+                             report_classes(checkpoint.spec.classes, args.class_map))
     except FaceSetError:                                                    # an empty folder: nothing to compare
         return
     if faceset_digest(train.files) not in trained_on.values():
@@ -150,7 +165,7 @@ def classify(faces: FaceSet, checkpoint: Checkpoint, args, through_112: bool = F
     logits = torch.full((len(faces), len(spec.classes)), torch.nan)
     aligned_by, unreadable = [""] * len(faces), []
     for batch in align_set(faces.paths(), faces.finished, MTCNN().to(args.device), window, side,
-                           template=template, batch_size=args.batch_size, workers=args.workers,
+                           template=template, chips=spec.chips, batch_size=args.batch_size, workers=args.workers,
                            progress=f"{args.name}, 112 px" if through_112 else args.name):
         views = (crop_views(recompress(batch.views), spec.window, spec.input_size, spec.template) if through_112
                  else batch.views)
@@ -440,22 +455,26 @@ def draw_cells(axes: Axes, rows: list[dict], classes: tuple[str, ...], key: str,
 
 # ----------------------------------------------------------------------------------------------------------- the report
 def calibrate(parser: cli.Parser, answers: Answers, checkpoint: Checkpoint, args) -> Answers:
-    """Fits the calibration to validation pictures, into the checkpoint; the answers with the new probabilities."""
+    """Fits the calibration to validation pictures, into the checkpoint; the answers with the new probabilities.
+
+    A Lightning file stays as it is: NAME_calibrated.pt beside it is the checkpoint with its calibration.
+    """
+    path = Path(args.ckpt)
+    path = path.with_name(f"{path.stem}_calibrated.pt") if checkpoint.lightning else path
     try:
         checkpoint.calibration = fit_calibration(answers.logits, answers.labels)
-        save_checkpoint(args.ckpt, checkpoint)
+        save_checkpoint(path, checkpoint)
     except (ValueError, OSError) as error:
         parser.error(f"--calibrate: {error}")
     bias = ", ".join(f"{name} {value:+.3f}" for name, value in zip(checkpoint.spec.classes, checkpoint.calibration.bias,
                                                                    strict=True))
     print(f"Calibration on {len(answers.labels)} pictures: temperature {checkpoint.calibration.temperature:.3f}, "
-          f"bias {bias}; written to {args.ckpt}")
+          f"bias {bias}; written to {path}")
     return replace(answers, probs=checkpoint.probs(answers.logits))
 
 
-def measure(answers: Answers, checkpoint: Checkpoint, manifest: dict, args) -> dict:
+def measure(answers: Answers, checkpoint: Checkpoint, classes: tuple[str, ...], manifest: dict, args) -> dict:
     """Every figure of the report, as test_metrics.json holds it."""
-    classes = checkpoint.spec.classes
     found = torch.tensor([how != "template" for how in answers.aligned_by])
     everyone = torch.ones_like(found)
     figures = {"data": Path(args.data).resolve().name, "split": args.split, "checkpoint": Path(args.ckpt).name,
@@ -598,7 +617,7 @@ def main(argv: list[str] | None = None) -> None:
     """Reads checkpoint and pictures, classifies, reports."""
     parser, args = parse_args(argv)
     checkpoint = open_checkpoint(parser, args)
-    classes = checkpoint.spec.classes
+    classes = report_classes(checkpoint.spec.classes, args.class_map)
     folder = cli.output_folder(parser, "--out_dir", args.out_dir)
     if args.shares:
         report_shares(parser, args, checkpoint, folder)
@@ -612,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
     answers = with_manifest(answers, manifest)
     if args.calibrate:
         answers = calibrate(parser, answers, checkpoint, args)
-    figures = measure(answers, checkpoint, manifest, args)
+    figures = measure(answers, checkpoint, classes, manifest, args)
     if args.through_112:
         figures["through_112"] = compare_112(answers, classify(faces, checkpoint, args, through_112=True), classes)
     print_report(figures, args.split if (Path(args.data) / args.split).is_dir() else args.name)

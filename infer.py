@@ -58,7 +58,7 @@ from models.ranks import (
 )
 from models.shares import draw_shares, estimate_shares, format_shares
 
-CKPT = "checkpoints/resnet18_utk.pt"
+CKPT = "checkpoints/resnet18_utk.pt"         # in the project, wherever the command is run
 UNCERTAIN = "uncertain"
 PARTS = "infer_parts"               # folder of an unfinished run, in the output folder
 FEWEST_FACES = 20                   # below, intervals of shares say nothing and drawing them takes longest of all
@@ -72,13 +72,9 @@ def build_parser() -> cli.Parser:
     add("--input_dir", nargs="+", metavar="DIR", help="folder of pictures, searched to the bottom, or .tar shards")
     add("--in_list", metavar="FILE", help="list of pictures, one path a line, relative to --input_dir if given")
     add("--output_dir", required=True, metavar="DIR", help="where the results go")
-    add("--ckpt", default=CKPT, metavar="FILE", help="checkpoint of train.py (%(default)s)")
-    add("--align", choices=("auto", "always", "never"), default="auto",
-        help="auto: pictures of exactly 112 x 112 are finished crops; never: all are, at any resolution (%(default)s)")
+    add("--ckpt", default=str(Path(__file__).resolve().parent / CKPT), metavar="FILE",
+        help=f"checkpoint of train.py, or a published Lightning one (the project's {CKPT})")
     add("--faces", choices=("largest", "all"), default="largest", help="faces labelled in a picture (%(default)s)")
-    add("--min_face_size", type=cli.positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
-    add("--max_side", type=cli.positive_int, default=3000, metavar="PX",
-        help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
     add("--flip", action="store_true", help="average each face with its mirror image: slower, a little more accurate")
     doubt = parser.add_mutually_exclusive_group()
     doubt.add_argument("--min_confidence", type=cli.fraction, metavar="P", help=f"below it a face is '{UNCERTAIN}'")
@@ -95,12 +91,8 @@ def build_parser() -> cli.Parser:
     add("--n_vis_rows_per_pic", type=cli.positive_int, default=5, metavar="N", help="rows of a grid (%(default)s)")
     add("--figsize_h", type=cli.positive_float, default=20, metavar="INCH", help="height of a grid (%(default)s)")
     add("--figsize_w", type=cli.positive_float, default=20, metavar="INCH", help="width of a grid (%(default)s)")
-    add("--batch_size", type=cli.positive_int, metavar="N", help="views a call of the network (CPU 64, CUDA 256)")
-    add("--num_workers", type=cli.natural_int, metavar="N", help="decoding processes (chosen by cores and list)")
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    found = parser.add_mutually_exclusive_group()
-    found.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
-    found.add_argument("--resume", action="store_true", help="finish an interrupted run, keeping its finished parts")
+    cli.add_labelling_flags(parser)
+    cli.add_rerun_flags(parser)
     return parser
 
 
@@ -350,7 +342,7 @@ def draw_grid(faces: list[tuple[np.ndarray, str, float]], args, path: Path) -> N
         panel.axis("off")
     for panel, (crop, label, confidence) in zip(panels, faces, strict=False):
         panel.imshow(crop)
-        panel.set_title(f"{label} {confidence:.0%}")
+        panel.set_title(f"{label} {confidence:.0%}", parse_math=False)
     with moved_in(path) as beside:
         figure.savefig(beside, format="jpg")
 
@@ -366,7 +358,7 @@ def merge_run(run: Run, args, classes: tuple[str, ...]) -> None:
 
 @dataclass
 class Tally:
-    """What the finished predictions.csv holds. probs (n, C) float32 and groups (n,) int32 are those of the n faces."""
+    """What the finished predictions.csv holds. probs (n, C) float64 and groups (n,) int32 are those of the n faces."""
     statuses: Counter
     labels: Counter
     probs: np.ndarray
@@ -377,7 +369,7 @@ class Tally:
 def read_back(parser: cli.Parser, args, classes: tuple[str, ...]) -> Tally:
     """Counts, and the probabilities of all faces as one array, by one pass over predictions.csv."""
     listed = read_groups(parser, args.by) if args.by and args.by != "folder" else None
-    statuses, labels, probs, groups, names = Counter(), Counter(), array("f"), array("i"), {}
+    statuses, labels, probs, groups, names = Counter(), Counter(), array("d"), array("i"), {}
     keys = columns(classes)[5:5 + len(classes)]
     for row in read_predictions(args.output_dir / "predictions.csv"):
         statuses[row["status"]] += 1
@@ -389,8 +381,7 @@ def read_back(parser: cli.Parser, args, classes: tuple[str, ...]) -> Tally:
             folder, slash, _ = row["file"].partition("/")
             group = (folder if slash else ".") if listed is None else listed.get(row["file"])
             groups.append(-1 if group is None else names.setdefault(group, len(names)))
-    return Tally(statuses, labels, np.frombuffer(probs, np.float32).reshape(-1, len(classes)) if probs else
-                 np.zeros((0, len(classes)), np.float32), np.array(groups, np.int32), list(names))
+    return Tally(statuses, labels, np.array(probs).reshape(-1, len(classes)), np.array(groups, np.int32), list(names))
 
 
 def print_summary(tally: Tally, n_files: int, seconds: float, classes: tuple[str, ...]) -> None:
@@ -451,7 +442,8 @@ def printable(name: str) -> str:
 def no_shares(tally: Tally, checkpoint: Checkpoint) -> str:
     """Why no shares can be estimated, or ''."""
     if len(tally.probs) < FEWEST_FACES:
-        return f"{len(tally.probs)} faces are too few for an estimate (at least {FEWEST_FACES})"
+        n = len(tally.probs)
+        return f"{n} {'face is' if n == 1 else 'faces are'} too few for an estimate (at least {FEWEST_FACES})"
     if checkpoint.calibration is None:
         return "the checkpoint is not calibrated, so nothing is known of its errors (evaluate.py --calibrate)"
     return ""

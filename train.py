@@ -28,6 +28,7 @@ from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_bili
 from models.calibration import fit_calibration
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
+from models.duplicates import group_files
 from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_faceset
 from models.metrics import confusion_matrix
 from models.mtcnn import MTCNN
@@ -73,24 +74,39 @@ class Crops:
         return Crops(self.crops.to(device), self.labels.to(device))
 
 
-def split_off(faces: FaceSet, share: float, seed: int) -> tuple[FaceSet, FaceSet]:
-    """Train and validation parts of a set that has none: whole persons where pictures lie in person folders.
+def split_off(faces: FaceSet, share: float, seed: int, workers: int = 0, rank: int = 0) -> tuple[FaceSet, FaceSet]:
+    """Train and validation parts of a set that has none; rank 0 looks at the pictures for all ranks.
 
-    Each class gives `share` of its groups; a group is a person's folder, or a single picture where there are none.
+    Each class gives `share` of its groups, which are never divided. One with two labels is trained on: validation
+    would not know which is right.
     """
-    folders = [str(Path(file).parent) for file in faces.files]
-    several = len(set(folders)) >= FEWEST_PERSONS * len(faces.classes)
-    groups: dict[tuple[int, str], list[int]] = {}
-    for row, (file, label) in enumerate(zip(faces.files, faces.labels.tolist(), strict=True)):
-        groups.setdefault((label, folders[row] if several else file), []).append(row)
-    generator, val = torch.Generator().manual_seed(seed), []
-    for label in range(len(faces.classes)):
-        mine = sorted(key for key in groups if key[0] == label)
-        order = torch.randperm(len(mine), generator=generator).tolist()
-        for i in order[:max(1, round(share * len(mine)))] if len(mine) > 1 else ():
-            val += groups[mine[i]]
-    held = set(val)
-    return faces.subset([row for row in range(len(faces)) if row not in held]), faces.subset(sorted(val))
+    groups = from_first(group_pictures(faces, workers) if rank == 0 else None)
+    by_label: dict[int, list[str]] = {}
+    for name in sorted(groups):
+        labels = set(faces.labels[groups[name]].tolist())
+        if len(labels) == 1:
+            by_label.setdefault(labels.pop(), []).append(name)
+    generator, held = torch.Generator().manual_seed(seed), set()
+    for _, names in sorted(by_label.items()):
+        order = torch.randperm(len(names), generator=generator).tolist()
+        for i in order[:max(1, round(share * len(names)))] if len(names) > 1 else ():
+            held.update(groups[names[i]])
+    return faces.subset([row for row in range(len(faces)) if row not in held]), faces.subset(sorted(held))
+
+
+def group_pictures(faces: FaceSet, workers: int) -> dict[str, list[int]]:
+    """Rows of a set that belong together, by a name: those of a person's folder, or else of one photograph.
+
+    Folders of a single class are taken for persons' where there are FEWEST_PERSONS of them per class.
+    """
+    folders: dict[str, list[int]] = {}
+    for row, file in enumerate(faces.files):
+        folders.setdefault(str(Path(file).parent), []).append(row)
+    n_pure = sum(len(set(faces.labels[rows].tolist())) == 1 for rows in folders.values())
+    if n_pure >= FEWEST_PERSONS * len(faces.classes):
+        return folders
+    same = group_files(faces.paths(), workers, f"{faces.root}: looking for equal pictures")
+    return {min(faces.files[row] for row in rows): rows for rows in same}
 
 
 def read_sets(args) -> tuple[list[FaceSet], list[FaceSet]]:
@@ -106,7 +122,7 @@ def read_sets(args) -> tuple[list[FaceSet], list[FaceSet]]:
             train.append(whole)
             val.append(read_faceset(root, "val", args.class_map, classes))
         else:
-            parts = split_off(whole, args.val_share, args.seed)
+            parts = split_off(whole, args.val_share, args.seed, args.workers, args.rank)
             train.append(parts[0])
             val.append(parts[1])
     for name, sets in (("train", train), ("validation", val)):
@@ -511,7 +527,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--patience", type=cli.positive_int, default=20,
                         help="stop after so many epochs without a lower validation loss")
     parser.add_argument("--val_share", type=cli.fraction, default=0.06,
-                        help="validation share of a set without a val folder, split off by person")
+                        help="validation share of a set without a val folder, split off by person, or else by photograph")
     parser.add_argument("--seed", type=cli.natural_int, default=2023)
     parser.add_argument("--init", default="random", metavar="random|imagenet|FILE")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")

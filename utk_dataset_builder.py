@@ -17,7 +17,6 @@ group whose labels disagree has no true label that could be trained on or tested
 of train, val and test. With --split_csv the listed split is taken as it is, groups divided and conflicts kept.
 """
 import csv
-import hashlib
 import json
 import os
 import re
@@ -41,6 +40,7 @@ from tqdm import tqdm
 
 from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces
 from models.cli import Parser, fraction, natural_int, output_folder, positive_int, worker_count
+from models.duplicates import MAX_SIDE, Fingerprints, group_same
 from models.faceset import CHIP_LANDMARKS, SPLITS, central_face
 from models.images import IMAGE_TYPES, PhotoError, collate_photos, decode_photo, walk_images
 from models.mtcnn import MTCNN
@@ -55,14 +55,7 @@ CLASSES = ("White", "Black", "Asian", "Indian")
 OTHERS = 4                      # UTKFace's fifth race, "others", names no group of people: left out
 OUT_RES = 224                   # about a chip's own resolution: the template's 112 would halve it
 MIN_FACE_SIZE = 40              # a chip's face is about 100 px wide
-MAX_SIDE = 1024                 # larger pictures than chips are reduced to this while decoding
 BATCH_SIZE = 64                 # fixed, as its composition may move the last bit of a landmark
-THUMB = 16                      # side of the grey thumbnails by which pictures are compared
-# Two pictures whose thumbnails correlate this much, one of them mirrored or not, are taken as the same photograph. In
-# UTKFace 590 pairs above it, and 28 mirrored ones, that are not byte-identical are the same photograph saved, toned or
-# cut a little differently; at 0.96 to 0.97 half are two people in one pose.
-NEAR = 0.975
-LENGTH = 4000                   # of a thumbnail as a vector of whole numbers: see near_pairs
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 # What unpacking a damaged archive raises; RuntimeError: an encrypted zip, or one packed in a way zipfile does not know.
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
@@ -271,8 +264,7 @@ class DoneBatch:
     positions: list[int]                # of those written
     missed: list[int]                   # of those without a detected face, still to be written
     landmark_sum: np.ndarray            # (5, 2) float64, of those with a detected face, relative to the picture's size
-    digests: dict[int, bytes]           # position -> hash of the file's bytes
-    thumbs: dict[int, np.ndarray]       # position -> (THUMB * THUMB,) uint8
+    prints: Fingerprints                # of those decoded
     failures: dict[int, str]            # position -> reason
 
 
@@ -294,7 +286,7 @@ class ChipBatches(Dataset):
         return -(-len(self.positions) // BATCH_SIZE)
 
     def __getitem__(self, batch: int) -> DoneBatch:
-        done = DoneBatch([], [], np.zeros((5, 2)), {}, {}, {})
+        done = DoneBatch([], [], np.zeros((5, 2)), Fingerprints(), {})
         photos = {}
         for position in self.positions[batch * BATCH_SIZE:(batch + 1) * BATCH_SIZE]:
             try:
@@ -303,8 +295,7 @@ class ChipBatches(Dataset):
             except (PhotoError, OSError) as error:
                 done.failures[position] = str(error)
                 continue
-            done.digests[position] = hashlib.sha256(data).digest()
-            done.thumbs[position] = thumbnail(photos[position])
+            done.prints.add(position, data, photos[position])
             if self.out_res is None:
                 (self.folder / self.chips[position].name).write_bytes(data)
                 done.positions.append(position)
@@ -335,12 +326,6 @@ class ChipBatches(Dataset):
         return index, faces.landmarks[rows[index]]
 
 
-def thumbnail(photo: Tensor) -> np.ndarray:
-    """The grey THUMB x THUMB picture, box-averaged, of a photo (3, H, W) uint8: (THUMB * THUMB,) uint8."""
-    grey = Image.fromarray(photo.permute(1, 2, 0).numpy()).convert("L")
-    return np.asarray(grey.resize((THUMB, THUMB), Image.Resampling.BOX)).reshape(-1)
-
-
 def process_chips(source: Path, found: Collection, folder: Path, out_res: int | None,
                   workers: int) -> list[list[int]]:
     """Writes every readable chip's crop to folder/<name> and returns the groups of near-identical chips.
@@ -348,7 +333,7 @@ def process_chips(source: Path, found: Collection, folder: Path, out_res: int | 
     Unreadable chips move from found.chips to found.skipped. Groups are lists of positions in found.chips.
     """
     folder.mkdir()
-    chips, digests, thumbs, failures, missed = found.chips, {}, {}, {}, []
+    chips, prints, failures, missed = found.chips, Fingerprints(), {}, []
     landmark_sum, n_found = np.zeros((5, 2)), 0
     for done in run_batches(ChipBatches(source, chips, list(range(len(chips))), folder, out_res), workers, "chips"):
         for position in done.positions:
@@ -356,8 +341,8 @@ def process_chips(source: Path, found: Collection, folder: Path, out_res: int | 
         landmark_sum += done.landmark_sum
         n_found += len(done.positions)
         missed += done.missed
-        for everything, own in ((digests, done.digests), (thumbs, done.thumbs), (failures, done.failures)):
-            everything.update(own)
+        prints.extend(done.prints)
+        failures.update(done.failures)
     mean = torch.from_numpy(landmark_sum / n_found) if n_found else torch.tensor(CHIP_LANDMARKS).double() / 200
     if missed:
         batches = ChipBatches(source, chips, missed, folder, out_res, mean)
@@ -365,11 +350,10 @@ def process_chips(source: Path, found: Collection, folder: Path, out_res: int | 
             for position in done.positions:
                 chips[position].aligned_by = "template"
     found.skipped += [(chips[position].file, reason) for position, reason in failures.items()]
-    kept = sorted(digests)
-    found.chips = [chips[position] for position in kept]
-    if not kept:
+    found.chips = [chips[position] for position in prints.positions]
+    if not found.chips:
         raise SourceError(f"--src: not one of {len(chips)} pictures can be read ({next(iter(failures.values()))})")
-    return group_chips(found.chips, [digests[i] for i in kept], np.stack([thumbs[i] for i in kept]))
+    return group_chips(found.chips, prints)
 
 
 def run_batches(batches: ChipBatches, workers: int, title: str) -> Iterator[DoneBatch]:
@@ -380,60 +364,18 @@ def run_batches(batches: ChipBatches, workers: int, title: str) -> Iterator[Done
         with tqdm(total=len(batches.positions), desc=title, unit=" chips", smoothing=0.05) as bar:
             for done in DataLoader(batches, batch_size=None, num_workers=min(workers, len(batches))):
                 yield done
-                bar.update(len(done.digests) + len(done.failures))
+                bar.update(len(done.prints.positions) + len(done.failures))
     finally:
         torch.set_num_threads(threads)
 
 
-def group_chips(chips: list[Chip], digests: list[bytes], thumbs: np.ndarray) -> list[list[int]]:
-    """Groups of near-identical chips: lists of positions, each ascending, by first position; singles included.
-
-    Two chips belong together when their bytes are equal or their thumbnails (n, THUMB * THUMB) uint8 correlate by
-    NEAR; groups are what such pairs connect. Numbers the groups of two and more in chip.group, from 1.
-    """
-    parent = list(range(len(chips)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[bytes, int] = {}
-    pairs = [(first.setdefault(digest, i), i) for i, digest in enumerate(digests)]
-    for i, j in pairs + near_pairs(thumbs):
-        low, high = sorted((root(i), root(j)))
-        parent[high] = low
-    groups: dict[int, list[int]] = {}
-    for i in range(len(chips)):
-        groups.setdefault(root(i), []).append(i)
-    for number, group in enumerate((g for g in groups.values() if len(g) > 1), 1):
+def group_chips(chips: list[Chip], prints: Fingerprints) -> list[list[int]]:
+    """Groups of near-identical chips, as group_same gives them; numbers those of two and more in chip.group, from 1."""
+    groups = group_same(prints)
+    for number, group in enumerate((group for group in groups if len(group) > 1), 1):
         for i in group:
             chips[i].group = number
-    return list(groups.values())
-
-
-def near_pairs(thumbs: np.ndarray, block: int = 1024) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of thumbnails (n, THUMB * THUMB) uint8 that correlate by NEAR, as they are or one mirrored.
-
-    All pairs are compared, by matrix products. The vectors hold whole numbers and are LENGTH long, so a product's sums
-    stay below 2**24, where float32 is exact: the outcome depends on no machine. A picture of one tone has no pairs.
-    """
-    mirrored = thumbs.reshape(-1, THUMB, THUMB)[:, :, ::-1].reshape(thumbs.shape)
-    values, others = whole_numbers(thumbs), whole_numbers(np.stack([thumbs, mirrored]))
-    pairs = []
-    for start in range(0, len(values), block):
-        products = values[start:start + block] @ others[:, start:].mT                   # (2, block, n - start)
-        near = (products.amax(0) >= NEAR * LENGTH ** 2).triu(1).nonzero() + start
-        pairs += [tuple(pair) for pair in near.tolist()]
-    return pairs
-
-
-def whole_numbers(thumbs: np.ndarray) -> Tensor:
-    """Thumbnails (..., n, d) without their mean, scaled to LENGTH and rounded: float32; those of one tone are zero."""
-    values = thumbs - thumbs.mean(-1, keepdims=True, dtype=np.float64)
-    length = np.linalg.norm(values, axis=-1, keepdims=True)
-    return torch.from_numpy(np.rint(values * (LENGTH / np.maximum(length, 1)))).float()
+    return groups
 
 
 # Groups -> splits -> files

@@ -386,6 +386,7 @@ def label_folder(bench: Bench, folder: str, labeller: Labeller, detector: MTCNN 
     settings = infer.choose_settings(args, run, bench.device)
     infer.label_part(run, run.todo, labeller, detector, settings, args, show=False)
     infer.merge_run(run, args, bench.checkpoint.spec.classes)
+    run.photos.close()
     shutil.rmtree(run.folder)
     return out / "predictions.csv"
 

@@ -81,16 +81,8 @@ def build_parser() -> cli.Parser:
     add("--min_images", type=cli.positive_int, default=3, metavar="N",
         help="fewest of those with a face, below which a person is dropped (%(default)s)")
     add("--seed", type=cli.natural_int, default=0, help="of the random pictures (%(default)s)")
-    add("--align", choices=("auto", "always", "never"), default="auto", help="as in infer.py (%(default)s)")
-    add("--min_face_size", type=cli.positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
-    add("--max_side", type=cli.positive_int, default=3000, metavar="PX",
-        help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
-    add("--batch_size", type=cli.positive_int, metavar="N", help="views a call of the network (CPU 64, CUDA 256)")
-    add("--num_workers", type=cli.natural_int, metavar="N", help="decoding processes (chosen by cores and list)")
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    found = parser.add_mutually_exclusive_group()
-    found.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
-    found.add_argument("--resume", action="store_true", help="finish an interrupted run, keeping its finished parts")
+    cli.add_labelling_flags(parser)
+    cli.add_rerun_flags(parser)
     return parser
 
 
@@ -692,7 +684,8 @@ def draw_votes(path: Path, votes: Votes, decisions: Decisions, args) -> None:
         panel.hist([shares[kept], shares[~kept]], BINS, stacked=True, color=["tab:blue", "0.7"],
                    label=[f"kept {kept.sum():,}", f"dropped {(~kept).sum():,}"])
         panel.axvline(args.threshold, color="tab:red", linewidth=1)
-        panel.set(title=os.fsdecode(name), xlabel="share of the person's faces", ylabel="people", xlim=(0, 1))
+        panel.set_title(os.fsdecode(name), parse_math=False)
+        panel.set(xlabel="share of the person's faces", ylabel="people", xlim=(0, 1))
         panel.legend(loc="upper left", frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     with moved_in(path) as beside:

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,6 +51,7 @@ from models.ranks import (  # noqa: E402
     start_distributed,
     wait_for_all,
 )
+from models.threads import in_turn  # noqa: E402
 
 PARTS = "align_parts"                                   # folder of an unfinished run, in the output folder
 SKIPPED = "skipped.csv"
@@ -66,19 +68,12 @@ def build_parser() -> cli.Parser:
         "shards")
     add("--out_dir", required=True, metavar="DIR", help="where the crops go")
     add("--in_list", metavar="FILE", help="list of photographs in --in_dir, one path a line")
-    add("--n_threads", type=cli.natural_int, metavar="N", help="parallel decoding workers that feed the one detector "
-        "(chosen by cores and list)")
     add("--mtcnn_pytorch_path", metavar="DIR", help="use src.detect_faces of this checkout of mtcnn-pytorch in place "
         "of the built-in networks")
     add("--out_res", type=cli.positive_int, default=TEMPLATE_SIZE, metavar="PX", help="side of a crop (%(default)s)")
-    add("--min_face_size", type=cli.positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
-    add("--max_side", type=cli.positive_int, default=3000, metavar="PX",
-        help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    found = parser.add_mutually_exclusive_group()
-    found.add_argument("--check_exists", action="store_true", help="pass over photographs whose first crop exists")
-    found.add_argument("--overwrite", action="store_true", help="replace the crops of an earlier run")
-    found.add_argument("--resume", action="store_true", help="finish an interrupted run, keeping its finished parts")
+    cli.add_photo_flags(parser, workers="--n_threads")
+    cli.add_rerun_flags(parser).add_argument("--check_exists", action="store_true",
+                                             help="pass over photographs whose first crop exists")
     return parser
 
 
@@ -222,22 +217,38 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
         workers = decode_workers(n_files, local_share(cli.worker_count()), device)
     numbers = [k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches))]
     batches = load_photos(photos, DECODE_BATCH, workers, args.max_side, batches=numbers) if numbers else ()
+
+    def align(batch: PhotoBatch) -> AlignedPhotos:
+        return align_batch(photos, batch, detector, device, args)
+
+    # A checkout's networks run in its folder, which is the whole process's: one picture at a time.
+    done = map(align, batches) if args.mtcnn_pytorch_path else in_turn(align, batches, device)
     with tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05) as bar:
-        for chunk, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
+        for chunk, its in itertools.groupby(done, lambda some: some.first // size):
             skipped, counts = [], Counter()
-            for batch in its:
-                skipped += align_batch(photos, batch, detector, device, args, counts)
-                bar.update(len(batch.positions) + len(batch.failures))
+            for some in its:
+                skipped += some.skipped
+                counts += some.counts
+                bar.update(some.n)
             write_part(photos, chunk, skipped, counts, args)
 
 
-def align_batch(photos: Photos, batch: PhotoBatch, detector: torch.nn.Module, device: torch.device, args,
-                counts: Counter) -> list[tuple[int, str, str]]:
-    """Writes the crops of a batch and counts them; (position, status, reason) of photographs that gave none."""
+@dataclass
+class AlignedPhotos:
+    """What a batch of n photographs gave, the first of them in the list being number `first`."""
+    first: int
+    n: int
+    skipped: list[tuple[int, str, str]]         # position, status, reason of photographs that gave no crop
+    counts: Counter
+
+
+def align_batch(photos: Photos, batch: PhotoBatch, detector: torch.nn.Module, device: torch.device,
+                args) -> AlignedPhotos:
+    """Writes the crops of a batch and counts them."""
     images = batch.images.to(device)
     faces = detector.detect(images, batch.sizes.to(device))
     order, number = rank_by_size(faces)
-    skipped = list(batch.failures)
+    skipped, counts = list(batch.failures), Counter()
     crops = {}                                              # of one photograph at a time: its faces lie together
     at_once = max(1, VIEW_BYTES // (3 * args.out_res ** 2))
     for some, its_numbers in zip(order.split(at_once), number.split(at_once), strict=True):
@@ -250,7 +261,7 @@ def align_batch(photos: Photos, batch: PhotoBatch, detector: torch.nn.Module, de
         reason = write_crops(photos, position, crops.get(i, {}), counts, args.overwrite)
         if reason or i not in crops:
             skipped.append((position, "unwritable" if reason else "no_face", reason))
-    return skipped
+    return AlignedPhotos(first_position(batch), len(batch.positions) + len(batch.failures), skipped, counts)
 
 
 def write_crops(photos: Photos, position: int, crops: dict[int, torch.Tensor], counts: Counter,

@@ -104,13 +104,14 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     return views
 
 
-def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLATE) -> Tensor:
+def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLATE,
+               shown: tuple = TEMPLATE) -> Tensor:
     """Window of finished crops at the network's input side: (B, 3, R, R) uint8 -> (B, 3, side, side) uint8.
 
-    The crops show all of TEMPLATE at any resolution R (112 as handed around, finer from the builder); the window is
-    one of `template`, a checkpoint's own.
+    The crops show all of the template `shown` at any resolution R (112 as handed around, finer from the builder); the
+    window is one of `template`, a checkpoint's own, to which the similarity between the two templates leads.
     """
-    M = invert_similarity(fit_similarity(torch.tensor([TEMPLATE]), torch.tensor(template)))[0].to(crops.device)
+    M = invert_similarity(fit_similarity(torch.tensor([shown]), torch.tensor(template)))[0].to(crops.device)
     scale = crops.shape[-1] / TEMPLATE_SIZE
     k = max(1, math.ceil(scale * (window[2] - window[0]) / side))
     points = (window_points(window, side * k, crops.device) @ M[:, :2].T + M[:, 2] + 0.5) * scale - 0.5

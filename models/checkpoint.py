@@ -1,9 +1,11 @@
 """One file says everything needed to label a photograph: FaceSpec, weights and calibration <-> checkpoint.
 
-    format 1 | spec: classes, template, window, input_size, mean, std | arch | model (bare ResNet-18 keys, float16)
-    calibration: temperature, bias, val_probs, val_labels (or None) | epoch, metrics, args, versions, for the reader
+    format 1 | spec: classes, template, window, input_size, mean, std, chip_size | arch
+    model (bare ResNet-18 keys, float16) | calibration: temperature, bias, val_probs, val_labels (or None)
+    epoch, metrics, args, versions, for the reader
 
-Only tensors and plain Python values, so it loads with weights_only=True.
+Only tensors and plain Python values, so it loads with weights_only=True. Lightning checkpoints of the two PUBLISHED
+layouts are read too, uncalibrated; what they hold beside tensors and plain values is passed over, never run.
 """
 import os
 import pickle
@@ -13,11 +15,28 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE
 from models.calibration import Calibration
-from models.classifier import FaceClassifier, FaceSpec
+from models.classifier import FaceClassifier, FaceSpec, empty_resnet18
+from models.faceset import CHIP_LANDMARKS
 
 FORMAT = 1
+CHIP_SIZE = 200
+# Landmarks of an average 200 x 200 UTKFace chip as a template of 112, of which the whole chip is WHOLE.
+CHIP_TEMPLATE = tuple(tuple((v + 0.5) * TEMPLATE_SIZE / CHIP_SIZE - 0.5 for v in point) for point in CHIP_LANDMARKS)
+# First part of the keys in a published Lightning checkpoint -> what its network is fed and answers. "model.": the
+# whole crop. "resnet.": the chip resized to 128, of which the middle 104; in pixels of the template 10.5 to 101.5.
+PUBLISHED = {
+    "model.": FaceSpec(("African", "Asian", "Caucasian", "Indian"), TEMPLATE, WHOLE, 112),
+    "resnet.": FaceSpec(("White", "Black", "Asian", "Indian"), CHIP_TEMPLATE, (10.5, 10.5, 101.5, 101.5), 104,
+                        chip_size=CHIP_SIZE),
+}
+EXPECTED = (f"wanted format {FORMAT} of this project, or a Lightning checkpoint with a state_dict of "
+            + " or ".join(f"{prefix}conv1.weight ... {prefix}fc.bias" for prefix in PUBLISHED))
+RESAVE = ("holds objects that are not read, for they could run code; where you trust the file: python -c \"import "
+          "torch; torch.save({'state_dict': torch.load('FILE', weights_only=False)['state_dict']}, 'NEW')\"")
 
 
 class CheckpointError(Exception):
@@ -26,17 +45,19 @@ class CheckpointError(Exception):
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint. `about` holds what is there for the reader: epoch, metrics, args, versions."""
+    """A loaded checkpoint. `about` holds what is there for the reader: epoch, metrics, args, versions.
+
+    lightning: it came from a Lightning file, in which no calibration can be kept.
+    """
     spec: FaceSpec
     model: dict[str, Tensor]
     calibration: Calibration | None = None
     about: dict = field(default_factory=dict)
+    lightning: bool = False
 
     def classifier(self, device: torch.device) -> FaceClassifier:
         """The network, in eval mode and float32, on the device."""
-        classifier = FaceClassifier(self.spec)
-        classifier.backbone.load_state_dict(self.model)
-        return classifier.eval().to(device, memory_format=torch.channels_last)
+        return FaceClassifier(self.spec, self.model).eval().to(device, memory_format=torch.channels_last)
 
     def probs(self, logits: Tensor) -> Tensor:
         """logits (n, C) -> probabilities (n, C) float32, calibrated where the checkpoint knows how."""
@@ -68,30 +89,95 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads and verifies a checkpoint; its weights in float32. Raises CheckpointError with what is wrong."""
+    """Reads and verifies a checkpoint of this project or of a PUBLISHED layout; its weights in float32.
+
+    Of "model." checkpoints the input is the whole 112 x 112 crop. Of "resnet." checkpoints it is the middle of a
+    200 x 200 chip: pictures of exactly that size are taken as chips and not aligned; photographs are aligned to the
+    average chip, and finished crops of the usual template are mapped to it.
+    Raises CheckpointError with what is wrong.
+    """
     content = read_tensors(path)
+    if isinstance(content, dict) and "format" not in content and isinstance(content.get("state_dict"), dict):
+        return read_lightning(content)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"not a checkpoint of format {FORMAT} of this project")
+        raise CheckpointError(f"{EXPECTED}; found {describe(content)}")
     if content.get("arch") != "resnet18":
         raise CheckpointError(f"its arch is {content.get('arch')!r}, wanted 'resnet18'")
     spec = read_spec(content.get("spec"))
-    model = {key: value.float() if value.is_floating_point() else value for key, value in content["model"].items()}
-    check_weights(spec, model)
+    model = read_weights(spec, content.get("model"))
     calibration = content.get("calibration")
     about = {key: value for key, value in content.items()
              if key not in ("format", "spec", "arch", "model", "calibration")}
     return Checkpoint(spec, model, Calibration(**calibration) if calibration else None, about)
 
 
+def read_lightning(content: dict) -> Checkpoint:
+    """The Checkpoint in a Lightning checkpoint of a PUBLISHED layout. Raises CheckpointError."""
+    weights = content["state_dict"]
+    prefix = next((prefix for prefix in PUBLISHED if f"{prefix}conv1.weight" in weights), None)
+    if prefix is None:
+        raise CheckpointError(f"{EXPECTED}; found a state_dict of {describe(weights)}")
+    spec = PUBLISHED[prefix]
+    model = read_weights(spec, {str(key).removeprefix(prefix): value for key, value in weights.items()})
+    about = {"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {}
+    return Checkpoint(spec, model, about=about, lightning=True)
+
+
+def describe(content) -> str:
+    """What a file holds, in a few words: its first keys, or its type."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    if "format" in content:
+        return f"format {content['format']!r}"
+    keys = [str(key) for key in content]
+    return ", ".join(keys[:3]) + (f", ... ({len(keys)} keys)" if len(keys) > 3 else "") if keys else "no keys"
+
+
+class PassedOver:
+    """Stands for a class or function that a file names: takes whatever it is given, and does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
 def read_tensors(path: str | Path):
     """torch.load of plain values and tensors alone. Raises CheckpointError, never runs code from the file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            return read_past_objects(path, error)
     except FileNotFoundError:
         raise CheckpointError("no such file") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        message = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or type(error).__name__
+        reason = message.splitlines()[0].partition(". Please")[0]
         raise CheckpointError(f"cannot be read as a checkpoint ({reason})") from None
+    except (EOFError, LookupError, ValueError, TypeError, AttributeError):              # what any bytes can lead to
+        raise CheckpointError("cannot be read as a checkpoint (torch.save did not write it)") from None
+
+
+def read_past_objects(path: str | Path, refusal: pickle.UnpicklingError):
+    """A Lightning checkpoint that weights_only refuses for its hyper-parameters: they become PassedOver objects.
+
+    weights_only looks names up and imports nothing, so standing in for every name it does not know is safe. Raises
+    `refusal` for any other file, and CheckpointError, which says what to do, where the objects can't be passed over.
+    """
+    try:
+        names = get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, pickle.UnpicklingError):                # torch.save of old, or none of its files
+        raise (CheckpointError(RESAVE) if "Unsupported global" in str(refusal) else refusal) from None
+    try:
+        with safe_globals([(PassedOver, name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(RESAVE) from None
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise refusal
+    return content
 
 
 def read_spec(fields) -> FaceSpec:
@@ -102,19 +188,22 @@ def read_spec(fields) -> FaceSpec:
         if name not in fields:
             raise CheckpointError(f"its spec has no {name}")
     spec = FaceSpec(tuple(fields["classes"]), tuple(map(tuple, fields["template"])), tuple(fields["window"]),
-                    fields["input_size"], tuple(fields["mean"]), tuple(fields["std"]))
+                    fields["input_size"], tuple(fields["mean"]), tuple(fields["std"]), fields.get("chip_size"))
     if len(spec.window) != 4 or not (spec.window[0] < spec.window[2] and spec.window[1] < spec.window[3]):
         raise CheckpointError(f"its spec's window {spec.window} is not (x0, y0, x1, y1)")
     return spec
 
 
-def check_weights(spec: FaceSpec, model: dict[str, Tensor]) -> None:
-    """Raises CheckpointError where keys or shapes are not those of a ResNet-18 with one output per class."""
-    wanted = FaceClassifier(spec).backbone.state_dict()
+def read_weights(spec: FaceSpec, model) -> dict[str, Tensor]:
+    """The weights in float32. Raises CheckpointError unless they are a ResNet-18's with one output per class."""
+    if not isinstance(model, dict):
+        raise CheckpointError("it has no model")
+    wanted = empty_resnet18(len(spec.classes)).state_dict()
     for key, value in wanted.items():
-        if key not in model:
+        if not isinstance(model.get(key), Tensor):
             raise CheckpointError(f"its model has no {key}")
         if model[key].shape != value.shape:
             raise CheckpointError(f"its model's {key} is {tuple(model[key].shape)}, wanted {tuple(value.shape)}")
     if extra := sorted(set(model) - set(wanted)):
         raise CheckpointError(f"its model has an unknown {extra[0]}")
+    return {key: value.float() if value.is_floating_point() else value for key, value in model.items()}

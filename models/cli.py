@@ -77,6 +77,38 @@ def device(text: str) -> torch.device:
     return chosen
 
 
+def add_device(parser: Parser) -> None:
+    """--device, whose value is a torch.device."""
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+
+
+def add_photo_flags(parser: Parser, workers: str = "--num_workers") -> None:
+    """How photographs are decoded and searched for faces: --min_face_size, --max_side, the workers' flag, --device."""
+    add = parser.add_argument
+    add("--min_face_size", type=positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
+    add("--max_side", type=positive_int, default=3000, metavar="PX",
+        help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
+    add(workers, type=natural_int, metavar="N", help="decoding processes (chosen by cores and list)")
+    add_device(parser)
+
+
+def add_labelling_flags(parser: Parser) -> None:
+    """How faces come to the classifier: --align, --batch_size (None where it is left open), and add_photo_flags."""
+    parser.add_argument("--align", choices=("auto", "always", "never"), default="auto", help="auto: pictures of "
+                        "exactly 112 x 112 are finished crops; never: all are, at any resolution (%(default)s)")
+    parser.add_argument("--batch_size", type=positive_int, metavar="N",
+                        help="views a call of the network (CPU 64, CUDA 256)")
+    add_photo_flags(parser)
+
+
+def add_rerun_flags(parser: Parser):
+    """--overwrite and --resume, what to do about an earlier run; the group, in which one flag alone may stand."""
+    found = parser.add_mutually_exclusive_group()
+    found.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    found.add_argument("--resume", action="store_true", help="finish an interrupted run, keeping its finished parts")
+    return found
+
+
 def worker_count() -> int:
     """Default number of decoding workers: the cores this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

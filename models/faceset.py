@@ -12,12 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.align import TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
-from models.images import can_share, load_photos, walk_images
+from models.images import PhotoBatch, can_share, load_photos, walk_images
 from models.mtcnn import MTCNN, Faces
+from models.threads import in_turn
 
 SPLITS = ("train", "val", "test")
 MAX_SIDE = 3000             # pixels: larger photographs are reduced to it while decoding, as infer.py does by default
-# Mean landmarks of a 200 x 200 UTKFace chip (494 chips): the fall-back where not one face of a set was found.
+# Mean landmarks of a 200 x 200 UTKFace chip (494 chips), as models/mtcnn.py finds them; a detector that clips its boxes
+# puts them at (65.5, 66.9), (138.3, 67.0), (101.1, 109.5), (69.7, 141.2), (133.6, 141.3).
 CHIP_LANDMARKS = ((59.6, 57.6), (138.1, 57.7), (98.2, 103.8), (63.9, 138.5), (133.2, 138.4))
 
 
@@ -148,53 +150,81 @@ class AlignedBatch:
     failures: list[tuple[int, str, str]]        # position, status, reason
 
 
+@dataclass
+class SearchedBatch:
+    """What a batch of pictures gave, and what those without a face need."""
+    aligned: list[AlignedBatch]
+    missed: list[int]                           # positions of the pictures without a face
+    landmarks: Tensor                           # (k, 5, 2) float64 of those with one, relative to the picture's size
+
+
 def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, side: int, *,
-              template: tuple = TEMPLATE, batch_size: int = 32, workers: int = 0,
+              template: tuple = TEMPLATE, chips: tuple | None = None, batch_size: int = 32, workers: int = 0,
               progress: str | None = None) -> Iterator[AlignedBatch]:
     """Views of every picture of a list, one face each, as a stream; the order is that of `positions`, not the list's.
 
-    Finished crops are cut to the window, and so is any picture of the very size in which crops are handed around. Of
-    other pictures the most central large face is aligned by its landmarks; those without a face come last, aligned
+    Finished crops are cut to the window, and so is any picture of the very size in which crops are handed around, or
+    in which a checkpoint's chips are (chips: their side and template; not asked in a finished set). Of other pictures
+    the most central large face is aligned by its landmarks; those without a face come last, aligned
     by the mean landmarks (relative to the picture's size) of those with one. Pictures over MAX_SIDE are reduced to it;
     where shared memory is scarce this process decodes, whatever `workers` says.
     """
     workers = workers if can_share() else 0
     device = next(detector.parameters()).device
-    bar = tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05)
-    missed, landmark_sum, n_found = [], torch.zeros(5, 2, dtype=torch.float64), 0
-    for batch in load_photos(paths, batch_size, workers, MAX_SIDE):
-        bar.update(len(batch.positions) + len(batch.failures))
-        images, positions = batch.images.to(device), torch.tensor(batch.positions, dtype=torch.int64)
-        ready = (batch.sizes == TEMPLATE_SIZE).all(1) | finished
-        if ready.any() or batch.failures:
-            crops = ready.nonzero().squeeze(1)
-            views = cut_crops(images[crops.to(device)], batch.sizes[crops], window, side, template)
-            yield AlignedBatch(positions[crops].tolist(), views.cpu(), "crop", batch.failures)
-        if ready.all():
-            continue
-        faces = detector.detect(images, batch.sizes.to(device))
-        rows = central_face(faces, batch.sizes)
-        having = ((rows >= 0) & ~ready).nonzero().squeeze(1)
-        landmarks = faces.landmarks[rows[having].to(device)]
-        landmark_sum += (landmarks.cpu() / batch.sizes[having].flip(1)[:, None]).double().sum(0)
-        n_found += len(having)
-        missed += positions[(rows < 0) & ~ready].tolist()
-        views = align_faces(images, batch.sizes.to(device), having.to(device), landmarks, window, side,
-                            template)
-        yield AlignedBatch(positions[having].tolist(), views.cpu(), "mtcnn", [])
-    bar.close()
-    mean = landmark_sum / n_found if n_found else torch.tensor(CHIP_LANDMARKS, dtype=torch.float64) / 200
+    missed, landmarks = [], []
+    with tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05) as bar:
+        batches = load_photos(paths, batch_size, workers, MAX_SIDE)
+        for searched in in_turn(lambda batch: align_batch(batch, finished, detector, window, side, template, chips),
+                                batches, device):
+            bar.update(len(searched.missed) + sum(len(a.positions) + len(a.failures) for a in searched.aligned))
+            missed += searched.missed
+            landmarks.append(searched.landmarks)
+            yield from searched.aligned
+    found = torch.cat([torch.zeros(0, 5, 2, dtype=torch.float64), *landmarks])
+    mean = found.mean(0) if len(found) else torch.tensor(CHIP_LANDMARKS, dtype=torch.float64) / 200
     for batch in load_photos(paths, batch_size, workers, MAX_SIDE, missed) if missed else ():
-        landmarks = (mean * batch.sizes.flip(1)[:, None]).float().to(device)
+        where = (mean * batch.sizes.flip(1)[:, None]).float().to(device)
         views = align_faces(batch.images.to(device), batch.sizes.to(device),
-                            torch.arange(len(batch.positions), device=device), landmarks, window, side, template)
+                            torch.arange(len(batch.positions), device=device), where, window, side, template)
         yield AlignedBatch(batch.positions, views.cpu(), "template", batch.failures)
 
 
-def cut_crops(images: Tensor, sizes: Tensor, window: tuple, side: int, template: tuple = TEMPLATE) -> Tensor:
-    """Window views of finished crops, which are square but need not all have one resolution."""
+def align_batch(batch: PhotoBatch, finished: bool, detector: MTCNN, window: tuple, side: int, template: tuple,
+                chips: tuple | None) -> SearchedBatch:
+    """The views of a batch, but for pictures without a face; the rest as for align_set."""
+    device = next(detector.parameters()).device
+    images, sizes = batch.images.to(device), batch.sizes.to(device)
+    positions = torch.tensor(batch.positions, dtype=torch.int64)
+    ready = come_as_crops(batch.sizes, chips) | finished
+    crops = ready.nonzero().squeeze(1)
+    views = cut_crops(images[crops.to(device)], batch.sizes[crops], window, side, template, None if finished else chips)
+    came = AlignedBatch(positions[crops].tolist(), views.cpu(), "crop", batch.failures)
+    if ready.all():
+        return SearchedBatch([came], [], torch.zeros(0, 5, 2, dtype=torch.float64))
+    faces = detector.detect(images, sizes)
+    rows = central_face(faces, batch.sizes)
+    having = ((rows >= 0) & ~ready).nonzero().squeeze(1)
+    landmarks = faces.landmarks[rows[having].to(device)]
+    views = align_faces(images, sizes, having.to(device), landmarks, window, side, template)
+    return SearchedBatch([came, AlignedBatch(positions[having].tolist(), views.cpu(), "mtcnn", [])],
+                         positions[(rows < 0) & ~ready].tolist(),
+                         (landmarks.cpu() / batch.sizes[having].flip(1)[:, None]).double())
+
+
+def come_as_crops(sizes: Tensor, chips: tuple | None) -> Tensor:
+    """Pictures (B,) bool of the very side of finished crops, or of a checkpoint's chips (side, template)."""
+    return (sizes == TEMPLATE_SIZE).all(1) | (sizes == (chips[0] if chips else TEMPLATE_SIZE)).all(1)
+
+
+def cut_crops(images: Tensor, sizes: Tensor, window: tuple, side: int, template: tuple = TEMPLATE,
+              chips: tuple | None = None) -> Tensor:
+    """Window views of finished crops, which are square but need not all have one resolution.
+
+    They show all of the usual template; those of the side of chips (side, template) all of the chips' template.
+    """
     views = torch.empty(len(images), 3, side, side, dtype=torch.uint8, device=images.device)
     for size in sizes[:, 0].unique().tolist():
         rows = (sizes[:, 0] == size).nonzero().squeeze(1).to(images.device)
-        views[rows] = crop_views(images[rows, :, :size, :size], window, side, template)
+        shown = chips[1] if chips and chips[0] == size else TEMPLATE
+        views[rows] = crop_views(images[rows, :, :size, :size], window, side, template, shown)
     return views

@@ -15,9 +15,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces
 from models.checkpoint import Checkpoint
-from models.faceset import cut_crops
+from models.faceset import come_as_crops, cut_crops
 from models.images import PhotoBatch, can_share, load_photos
 from models.mtcnn import MTCNN, Faces
+from models.threads import in_turn
 
 STATUSES = ("ok", "no_face", "unreadable", "too_large")
 DECODE_BATCH = 16           # pictures decoded, and searched for faces, together: 16 of 3 megapixels are 150 MB
@@ -119,8 +120,12 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     chunks = range(count_chunks(len(photos))) if chunks is None else chunks
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
     batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers)
-    for chunk, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
-        yield chunk, label_chunk(its, labeller, detector, settings)
+    found = in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches, labeller.device)
+    labelled = in_turn(lambda some: label_faces(some, labeller, settings), full_batches(found, settings.batch_size),
+                       labeller.device)
+    for chunk, its in itertools.groupby(labelled, lambda some: some.chunk):
+        yield chunk, sorted((row for some in its for row in some.faces + some.without),
+                            key=lambda row: (row.position, row.face))
 
 
 def first_position(batch: PhotoBatch) -> int:
@@ -128,56 +133,53 @@ def first_position(batch: PhotoBatch) -> int:
     return batch.positions[0] if batch.positions else batch.failures[0][0]
 
 
-def label_chunk(batches: Iterable[PhotoBatch], labeller: Labeller, detector: MTCNN | None,
-                settings: Settings) -> list[Row]:
-    """Rows of all pictures of some batches, by position and face. The network sees full batches of views."""
-    without, faces = [], []
-
-    def views():
-        for batch in batches:
-            batch = replace(batch, images=batch.images.to(labeller.device))
-            without.extend(Row(position, -1, status, error=why) for position, status, why in batch.failures)
-            for rows, some in find_faces(batch, labeller, detector, settings):
-                faces.extend(row for row in rows if row.status == "ok")
-                without.extend(row for row in rows if row.status != "ok")
-                yield some
-
-    probs = [labeller.probs(full, settings.flip) for full in rebatch(views(), settings.batch_size)]
-    for row, row_probs in zip(faces, torch.cat(probs) if probs else (), strict=True):
-        row.probs = row_probs
-    return sorted(without + faces, key=lambda row: (row.position, row.face))
+@dataclass
+class Found:
+    """Rows of some pictures of a chunk: of faces, with their views (k, 3, S, S) uint8, and of pictures without one."""
+    chunk: int
+    faces: list[Row]
+    views: Tensor
+    without: list[Row]
 
 
-def rebatch(parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The rows of parts (k, ...), k of any number, as tensors of `size` rows each; the last may have fewer."""
-    waiting, n_waiting = [], 0
-    for part in parts:
-        waiting.append(part)
-        n_waiting += len(part)
-        while n_waiting >= size:
-            rows = torch.cat(waiting)
-            yield rows[:size]
-            waiting, n_waiting = [rows[size:]], n_waiting - size
-    if n_waiting:
-        yield torch.cat(waiting)
+def full_batches(found: Iterable[Found], batch_size: int) -> Iterator[Found]:
+    """The same rows in the same order, batch_size faces together; the last of each chunk may have fewer, or none."""
+    for chunk, its in itertools.groupby(found, lambda some: some.chunk):
+        faces, views, without = [], [], []
+        for some in its:
+            faces += some.faces
+            views.append(some.views)
+            without += some.without
+            while len(faces) >= batch_size:
+                rows = torch.cat(views)
+                yield Found(chunk, faces[:batch_size], rows[:batch_size], without)
+                faces, views, without = faces[batch_size:], [rows[batch_size:]], []
+        yield Found(chunk, faces, torch.cat(views), without)
 
 
-def find_faces(batch: PhotoBatch, labeller: Labeller, detector: MTCNN | None,
-               settings: Settings) -> Iterator[tuple[list[Row], Tensor]]:
-    """Rows of the pictures of a batch, first of finished crops, then of photographs, with the views of those 'ok'.
+def label_faces(found: Found, labeller: Labeller, settings: Settings) -> Found:
+    """The same, its faces with their probabilities."""
+    for row, probs in zip(found.faces, labeller.probs(found.views, settings.flip), strict=True):
+        row.probs = probs
+    return replace(found, views=found.views[:0])
 
-    Rows of faces still lack their probabilities; views (k, 3, S, S) uint8 are in the order of the k such rows.
-    """
+
+def find_faces(batch: PhotoBatch, size: int, labeller: Labeller, detector: MTCNN | None, settings: Settings) -> Found:
+    """The faces of a batch of pictures of a list in chunks of `size`, those of finished crops first."""
+    batch = replace(batch, images=batch.images.to(labeller.device))
     crops = torch.zeros(len(batch.positions), dtype=torch.bool)
     if settings.align == "never":
         crops = torch.ones_like(crops)
     elif settings.align == "auto":
-        crops = (batch.sizes == TEMPLATE_SIZE).all(1)
-    if crops.any():
-        yield crop_rows(take(batch, crops), labeller.spec, settings)
+        crops = come_as_crops(batch.sizes, labeller.spec.chips)
+    parts = [crop_rows(take(batch, crops), labeller.spec, settings)]
     if not crops.all():
-        for photos, faces in detect_photos([take(batch, ~crops)], detector):
-            yield photo_rows(photos, faces, labeller.spec, settings)
+        photos = take(batch, ~crops)
+        parts.append(photo_rows(photos, detector.detect(photos.images, photos.sizes), labeller.spec, settings))
+    rows = [row for its_rows, _ in parts for row in its_rows]
+    without = [Row(position, -1, status, error=why) for position, status, why in batch.failures]
+    return Found(first_position(batch) // size, [row for row in rows if row.status == "ok"],
+                 torch.cat([views for _, views in parts]), without + [row for row in rows if row.status != "ok"])
 
 
 def take(batch: PhotoBatch, which: Tensor) -> PhotoBatch:
@@ -193,22 +195,17 @@ def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], T
     """Rows and views of finished crops, of any resolution; a picture that is not square cannot be one."""
     square = batch.sizes[:, 0] == batch.sizes[:, 1]
     crops = take(batch, square)
-    views = cut_crops(crops.images, crops.sizes, spec.window, spec.input_size, spec.template)
-    shown = cut_crops(crops.images, crops.sizes, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(views)
+    found = crops.images, crops.sizes
+    views = cut_crops(*found, spec.window, spec.input_size, spec.template, spec.chips)
+    shown = [None] * len(views)
+    if settings.crops:
+        shown = cut_crops(*found, WHOLE, TEMPLATE_SIZE, chips=spec.chips).cpu()
     rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
     for i in (~square).nonzero()[:, 0].tolist():
         height, width = batch.sizes[i].tolist()
         rows.append(Row(batch.positions[i], -1, "unreadable",
                         error=f"{width} x {height} pixels: a finished crop is square (--align never)"))
     return rows, views
-
-
-def detect_photos(batches: Iterable[PhotoBatch], detector: MTCNN) -> Iterator[tuple[PhotoBatch, Faces]]:
-    """Each batch, its images on the detector's device, and the faces found in it."""
-    device = next(detector.parameters()).device
-    for batch in batches:
-        batch = replace(batch, images=batch.images.to(device))
-        yield batch, detector.detect(batch.images, batch.sizes)
 
 
 def rank_by_size(faces: Faces) -> tuple[Tensor, Tensor]:
@@ -251,7 +248,8 @@ def columns(classes: tuple[str, ...]) -> list[str]:
 def csv_line(name: str, row: Row, label: str, chosen: str, n_classes: int) -> str:
     """A line of predictions.csv. label: the answer, chosen: the prediction set, both '' without a face."""
     probs = row.probs.tolist() if row.status == "ok" else []
-    numbers = [f"{max(probs):.6f}", *(f"{p:.6f}" for p in probs)] if probs else [""] * (1 + n_classes)
+    # Seven digits: with fewer, equal rows are no sign of a repeated picture (shares.distinct_faces).
+    numbers = [f"{p:.7f}" for p in (max(probs), *probs)] if probs else [""] * (1 + n_classes)
     box = [f"{value:.2f}" for value in row.box] if row.box else [""] * 4
     score = "" if row.score is None else f"{row.score:.6f}"
     cells = [quoted(name), str(row.face), row.status, quoted(label), *numbers, quoted(chosen), *box, score,

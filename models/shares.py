@@ -417,9 +417,10 @@ def draw_shares(reports: dict[str, dict], classes, path) -> None:
             axis.plot(100 * entry["shares"][k], row, "o", color=colour,
                       label="estimate, 95 % interval; red where the faces do not fit validation's")
             axis.plot(100 * report["methods"]["raw"]["shares"][k], row, "x", color="0.35", label="raw count")
-        axis.set(title=label, xlim=(-3, 103), xticks=(0, 50, 100), xlabel="%")
+        axis.set_title(label, parse_math=False)             # a name may hold a $
+        axis.set(xlim=(-3, 103), xticks=(0, 50, 100), xlabel="%")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), [f"{name} (n = {reports[name]['n']})" for name in names])
+    axes[0].set_yticks(range(len(names)), [f"{name} (n = {reports[name]['n']})" for name in names], parse_math=False)
     axes[0].set_ylim(max(1, len(names)) - 0.5, -0.5)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, fontsize=8)

@@ -14,10 +14,11 @@ from PIL import Image
 
 import utk_dataset_builder as builder
 from models.align import TEMPLATE
+from models.duplicates import Fingerprints
 from models.faceset import central_face, read_faceset
 from models.images import collate_photos, decode_photo
 from models.mtcnn import MTCNN
-from utk_dataset_builder import Chip, group_chips, near_pairs, parse_utk_name, split_groups, split_sizes, thumbnail
+from utk_dataset_builder import Chip, group_chips, parse_utk_name, split_groups, split_sizes
 
 
 def drawn_chip(seed: int) -> Image.Image:
@@ -105,42 +106,13 @@ def test_a_malformed_name_gives_the_reason(name, reason):
 
 # Groups
 
-def test_near_pairs_agree_with_numpy():
-    rng = np.random.default_rng(3)
-    base = rng.integers(0, 256, (60, builder.THUMB ** 2))
-    noisy = base[:30] + rng.normal(0, rng.uniform(0, 60, (30, 1)), (30, base.shape[1]))
-    flipped = noisy[:10].reshape(10, builder.THUMB, -1)[:, :, ::-1].reshape(10, -1)
-    thumbs = np.concatenate([base, noisy, flipped]).clip(0, 255).astype(np.uint8)
-    mirrored = thumbs.reshape(-1, builder.THUMB, builder.THUMB)[:, :, ::-1].reshape(thumbs.shape)
-    n = len(thumbs)
-    both = np.corrcoef(thumbs, mirrored)
-    similar = np.maximum(both[:n, :n], both[:n, n:])
-    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if similar[i, j] >= builder.NEAR}
-    sure = np.abs(similar - builder.NEAR) > 1e-4
-    assert len(expected) > 15
-    for block in (7, 1024):
-        found = near_pairs(thumbs, block)
-        assert len(found) == len(set(found))
-        assert all(sure[pair] <= (pair in expected) for pair in found)
-        assert all(not sure[pair] or pair in set(found) for pair in expected)
-
-
-def test_pictures_of_one_tone_and_no_pictures_have_no_pairs():
-    flat = np.full((3, builder.THUMB ** 2), 77, dtype=np.uint8)
-    assert near_pairs(flat) == []
-    assert near_pairs(flat[:0]) == []
-
-
-def test_groups_join_what_is_one_photograph():
-    picture = drawn_chip(1)
-    darker = picture.point(lambda value: int(value * 0.7))
-    forms = [picture, darker, darker.transpose(Image.Transpose.FLIP_LEFT_RIGHT), drawn_chip(2), drawn_chip(3)]
-    decoded = [decode_photo(jpeg(form, quality))[0] for form, quality in zip(forms, (95, 60, 80, 90, 90), strict=True)]
-    found = [Chip(str(i), str(i), 20, 0, 0) for i in range(6)]
-    thumbs = np.stack([thumbnail(photo) for photo in decoded] + [np.zeros(builder.THUMB ** 2, np.uint8)])
-    groups = group_chips(found, [b"a", b"b", b"c", b"d", b"e", b"d"], thumbs)
-    assert groups == [[0, 1, 2], [3, 5], [4]]                       # 3 and 5 by their bytes alone
-    assert [chip.group for chip in found] == [1, 1, 1, 2, 0, 2]
+def test_groups_of_two_and_more_are_numbered():
+    found, prints = [Chip(str(i), str(i), 20, 0, 0) for i in range(5)], Fingerprints()
+    for i, seed in enumerate((1, 2, 1, 3, 2)):
+        data = jpeg(drawn_chip(seed))
+        prints.add(i, data, decode_photo(data)[0])
+    assert group_chips(found, prints) == [[0, 2], [1, 4], [3]]
+    assert [chip.group for chip in found] == [1, 2, 1, 0, 2]
 
 
 # Splits

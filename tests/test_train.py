@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw_crop
+from PIL import Image
 
 import train
 from models.align import TEMPLATE, crop_views
@@ -90,6 +92,56 @@ def test_persons_are_never_divided(tmp_path):
     people = [{file.rsplit("/", 1)[0] for file in part.files} for part in (first, held)]
     assert not people[0] & people[1] and len(people[1]) == 6 and len(held) == 18
     assert set(held.labels.tolist()) == {0, 1}
+
+
+def test_a_csv_list_keeps_people_together_and_no_picture_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "group_files", None)
+    rows = [(f"/people/{label}{person}/{i}.jpg", label) for label in "AB" for person in range(9) for i in range(3)]
+    rows += [("/people/both/0.jpg", "A"), ("/people/both/1.jpg", "B")]          # one person, two labels
+    (tmp_path / "list.csv").write_text("image,class\n" + "".join(f"{image},{label}\n" for image, label in rows))
+    first, held = train.split_off(train.read_faceset(tmp_path / "list.csv"), 0.5, seed=2)
+    people = [{file.split("/")[2] for file in part.files} for part in (first, held)]
+    assert not people[0] & people[1] and "both" in people[0] and len(held) == 2 * 4 * 3
+
+
+@pytest.fixture
+def repeated_set(tmp_path):
+    """Two classes of 12 drawn pictures; of each five more in another size, two more bytes for bytes; odd ones."""
+    root = tmp_path / "repeated"
+    for label, name in enumerate(("Black", "White")):
+        (root / name).mkdir(parents=True)
+        for i in range(12):
+            blots = np.random.default_rng([label, i]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            picture = Image.fromarray(blots).resize((64, 64), Image.Resampling.BICUBIC)
+            picture.save(root / name / f"{i:02d}.png")
+            if i < 5:
+                picture.resize((48, 48)).save(root / name / f"again_{i:02d}.jpg")
+            elif i < 7:
+                picture.save(root / name / f"again_{i:02d}.png")
+        (root / name / "broken.png").write_bytes(b"no picture")
+    Image.open(root / "Black" / "11.png").save(root / "White" / "disputed_b.png")
+    return root
+
+
+def test_equal_pictures_are_on_one_side(repeated_set):
+    faces = train.read_faceset(repeated_set)
+    for seed in range(6):
+        first, held = train.split_off(faces, 0.4, seed)
+        sides = [{file[:6] + file[-6:-4] for file in part.files} for part in (first, held)]
+        assert not sides[0] & sides[1] and sorted(first.files + held.files) == sorted(faces.files)
+        assert {"Black/11.png", "White/disputed_b.png"} <= set(first.files)    # of two labels: never validated on
+        assert set(held.labels.tolist()) == {0, 1}
+    backwards = faces.subset(list(range(len(faces)))[::-1])
+    assert sorted(train.split_off(backwards, 0.4, 5)[1].files) == sorted(held.files)
+
+
+def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
+    faces, sent = train.read_faceset(repeated_set), []
+    monkeypatch.setattr(train, "from_first", lambda groups: sent.append(groups) or sent[0])
+    first = train.split_off(faces, 0.4, 1, rank=0)
+    monkeypatch.setattr(train, "group_files", None)                             # they look at no picture
+    other = train.split_off(faces, 0.4, 1, rank=1)
+    assert [part.files for part in first] == [part.files for part in other] and sent[1] is None
 
 
 def test_every_picture_once_an_epoch_over_two_ranks():
@@ -208,8 +260,9 @@ def test_two_ranks_by_torchrun(drawn_set, tmp_path):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
-         "--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--device", "cpu", "--workers",
-         "0", "--vis_dir", str(tmp_path)], capture_output=True, text=True, env=environment, timeout=170)
+         "--data", str(drawn_set), str(drawn_set / "train"), "--out", str(tmp_path / "a.pt"), "--epochs",
+         "1", "--device", "cpu", "--workers", "0", "--vis_dir", str(tmp_path)],
+        capture_output=True, text=True, env=environment, timeout=170)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "a.log.jsonl").read_text().splitlines()]
     assert len(rows) == 1 and math.isfinite(rows[0]["train_loss"])

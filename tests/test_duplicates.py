@@ -1,0 +1,73 @@
+"""Pictures that are one photograph: pairs, groups, and files that cannot be read."""
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.duplicates import NEAR, THUMB, Fingerprints, group_files, group_same, near_pairs
+from models.images import decode_photo
+
+
+def drawn_picture(seed: int) -> Image.Image:
+    """A 200 x 200 picture of soft blots, unlike that of any other seed."""
+    blots = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(blots).resize((200, 200), Image.Resampling.BICUBIC)
+
+
+def jpeg(picture: Image.Image, quality: int = 90) -> bytes:
+    """The bytes of a JPEG file."""
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
+def test_near_pairs_agree_with_numpy():
+    rng = np.random.default_rng(3)
+    base = rng.integers(0, 256, (60, THUMB ** 2))
+    noisy = base[:30] + rng.normal(0, rng.uniform(0, 60, (30, 1)), (30, base.shape[1]))
+    flipped = noisy[:10].reshape(10, THUMB, -1)[:, :, ::-1].reshape(10, -1)
+    thumbs = np.concatenate([base, noisy, flipped]).clip(0, 255).astype(np.uint8)
+    mirrored = thumbs.reshape(-1, THUMB, THUMB)[:, :, ::-1].reshape(thumbs.shape)
+    n = len(thumbs)
+    both = np.corrcoef(thumbs, mirrored)
+    similar = np.maximum(both[:n, :n], both[:n, n:])
+    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if similar[i, j] >= NEAR}
+    sure = np.abs(similar - NEAR) > 1e-4
+    assert len(expected) > 15
+    for block in (3, 7, 1024):                                      # many tiles, two columns of them, one
+        found = near_pairs(thumbs, block)
+        assert len(found) == len(set(found))
+        assert all(sure[pair] <= (pair in expected) for pair in found)
+        assert all(not sure[pair] or pair in set(found) for pair in expected)
+
+
+def test_pictures_of_one_tone_and_no_pictures_have_no_pairs():
+    flat = np.full((3, THUMB ** 2), 77, dtype=np.uint8)
+    assert near_pairs(flat) == near_pairs(flat[:0]) == []
+    assert group_same(Fingerprints()) == group_files([], 0) == []
+
+
+def test_groups_join_what_is_one_photograph():
+    picture = drawn_picture(1)
+    darker = picture.point(lambda value: int(value * 0.7))
+    forms = [picture, darker, darker.transpose(Image.Transpose.FLIP_LEFT_RIGHT), drawn_picture(2), drawn_picture(3),
+             drawn_picture(2)]
+    prints = Fingerprints()
+    for i, (form, quality) in enumerate(zip(forms, (95, 60, 80, 90, 90, 90), strict=True)):
+        prints.add(i, jpeg(form, quality), decode_photo(jpeg(form, quality))[0])
+    prints.thumbs[5] = np.zeros(THUMB ** 2, np.uint8)               # 3 and 5 by their bytes alone
+    assert group_same(prints) == [[0, 1, 2], [3, 5], [4]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_are_grouped_and_broken_ones_are_alone(tmp_path, workers):
+    picture = drawn_picture(1)
+    files = {"a.jpg": jpeg(picture), "b.jpg": b"no picture", "c.jpg": jpeg(drawn_picture(2)), "d.png": b"no picture",
+             "e.jpg": jpeg(picture.resize((90, 90)), 70), "f.jpg": jpeg(drawn_picture(2))}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [str(tmp_path / name) for name in [*files, "absent.jpg", "c.jpg"]]
+    assert group_files(paths, workers) == [[0, 4], [1], [2, 5, 7], [3], [6]]
+    backwards = group_files(paths[::-1], workers)
+    assert sorted(sorted(7 - i for i in group) for group in backwards) == [[0, 4], [1], [2, 5, 7], [3], [6]]

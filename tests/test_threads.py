@@ -1,0 +1,52 @@
+"""models/threads.py: order, one thread each, no running ahead, and errors that arrive."""
+import time
+
+import pytest
+import torch
+
+from models.threads import in_turn
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_keep_the_order_of_the_items():
+    def slow_first(i):
+        time.sleep(0.02 if i == 0 else 0)
+        return i
+
+    assert list(in_turn(slow_first, range(20), CPU)) == list(range(20))
+    assert list(in_turn(slow_first, (), CPU)) == []
+
+
+def test_each_item_has_one_thread_and_the_caller_keeps_its_own():
+    assert list(in_turn(lambda _: torch.get_num_threads(), range(4), CPU)) == [1] * 4
+    assert torch.get_num_threads() == 2
+
+
+def test_items_are_taken_as_results_are():
+    taken = []
+    results = in_turn(lambda i: i, (taken.append(i) or i for i in range(100)), CPU)
+    next(results)
+    assert len(taken) <= 4
+    results.close()
+    assert len(taken) <= 4
+
+
+def test_an_error_arrives_in_its_place():
+    results = in_turn(lambda i: 1 // (2 - i), range(5), CPU)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_a_gpu_takes_one_after_another():
+    threads = list(in_turn(lambda _: torch.get_num_threads(), range(3), torch.device("cuda")))
+    assert threads == [2] * 3                                       # the caller's: no pool
