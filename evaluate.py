@@ -6,7 +6,8 @@ Reads   --data: a folder that utk_dataset_builder.py made, any folder of class f
 Writes  <out_dir>/<name>_confusion_matrix.png, <name>_confusion_matrix_percentage.png, <name>_reliability.png,
         <name>_risk_coverage.png, <name>_age_gender.png and <name>_age_gender.csv (where the manifest knows age and
         gender) and <name>_metrics.json with every number drawn. A rerun replaces the files of its --name, and says so
-        where they showed something else. --calibrate also writes the calibration into the checkpoint.
+        where they showed something else. <out_dir>/summary.csv has a line for each <name>_metrics.json there: models
+        and data sets side by side. --calibrate also writes the calibration into the checkpoint.
 
     python evaluate.py --data data/utk_races --split test --ckpt checkpoints/resnet18_utk.pt
     python evaluate.py --data FairFace_val --name fairface_val --class_map East_Asian=Asian,Southeast_Asian=Asian
@@ -588,6 +589,34 @@ def write_report(figures: dict, folder: Path, name: str) -> None:
     write_text(path, json.dumps(figures, indent=1) + "\n")
 
 
+def write_summary(folder: Path) -> None:
+    """summary.csv, and the same on the screen: what each checkpoint reached on each set, of all reports in a folder."""
+    rows = []
+    for path in sorted(folder.glob("*_metrics.json")):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        if not {"checkpoint", "per_class", "accuracy_ci95"} <= set(figures):         # another program's
+            continue
+        recall = {name: row["recall"] for name, row in figures["per_class"].items() if row["n"]}
+        worst = min(recall, key=recall.get)
+        low, high = figures["accuracy_ci95"]
+        twinless = figures.get("without_twin", {}).get("accuracy")
+        rows.append({"name": path.name.removesuffix("_metrics.json"), "checkpoint": figures["checkpoint"],
+                     "data": f"{figures['data']} {figures['split']}", "n": figures["n"],
+                     "accuracy": f"{100 * figures['accuracy']:.2f}", "low": f"{100 * low:.2f}",
+                     "high": f"{100 * high:.2f}", "without twin": "" if twinless is None else f"{100 * twinless:.2f}",
+                     "worst class": worst, "its recall": f"{100 * recall[worst]:.1f}",
+                     "recall gap": f"{100 * (max(recall.values()) - recall[worst]):.1f}"})
+    with moved_in(folder / "summary.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    width = max(len(f"{row['checkpoint']} on {row['data']}") for row in rows)
+    print(f"\nAll reports in {folder} (accuracy and 95 % interval in %, n, worst class and its recall):")
+    for row in rows:
+        print(f"  {row['checkpoint'] + ' on ' + row['data']:{width}}  {row['accuracy']} ({row['low']} to {row['high']})"
+              f"  n {row['n']:,}  {row['worst class']} {row['its recall']}")
+
+
 def read_probs(path: str, classes: tuple[str, ...]) -> np.ndarray:
     """Probabilities (n, C) of the faces in a predictions.csv of infer.py. Raises ValueError where it is none."""
     try:
@@ -636,6 +665,7 @@ def main(argv: list[str] | None = None) -> None:
         figures["through_112"] = compare_112(answers, classify(faces, checkpoint, args, through_112=True), classes)
     print_report(figures, args.split if (Path(args.data) / args.split).is_dir() else args.name)
     write_report(figures, folder, args.name)
+    write_summary(folder)
     if args.save_probs:
         with moved_in(folder / f"{args.name}_probs.npz") as beside:
             np.savez_compressed(beside, files=np.array(answers.files), labels=answers.labels.numpy(),

@@ -527,7 +527,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--patience", type=cli.positive_int, default=20,
                         help="stop after so many epochs without a lower validation loss")
     parser.add_argument("--val_share", type=cli.fraction, default=0.06,
-                        help="validation share of a set without a val folder, split off by person, or else by photograph")
+                        help="validation share of a set without a val folder: whole persons, or whole photographs")
     parser.add_argument("--seed", type=cli.natural_int, default=2023)
     parser.add_argument("--init", default="random", metavar="random|imagenet|FILE")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")

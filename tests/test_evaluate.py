@@ -138,6 +138,11 @@ def test_names_and_order_of_folders_do_not_matter(built, trained, tmp_path, caps
     assert first["confusion_matrix"] == second["confusion_matrix"]
     assert len(second["unreadable"]) == 1 and second["unreadable"][0].startswith("Indian/broken.png: ")
     assert "1 unreadable" in capsys.readouterr().out
+    summary = {row["name"]: row for row in csv.DictReader((tmp_path / "summary.csv").open(newline=""))}
+    assert set(summary) == {"named", "test"} and summary["named"]["without twin"] == ""
+    for name, figures in (("test", first), ("named", second)):
+        assert summary[name]["accuracy"] == f"{100 * figures['accuracy']:.2f}"
+        assert summary[name]["its recall"] == f"{100 * min(c['recall'] for c in figures['per_class'].values()):.1f}"
     run(named, trained, tmp_path, "--class_map", "Caucasian=White,African=Black")
     assert "Replaced the test figures of utk_races with colours.pt" in capsys.readouterr().out
 
