@@ -142,19 +142,22 @@ def report_classes(classes: tuple[str, ...], class_map: dict[str, str] | None) -
     return renamed if len(set(renamed)) == len(renamed) else classes
 
 
-def warn_of_another_split(checkpoint: Checkpoint, args) -> None:
-    """One line where --data is a builder's set whose training pictures are not those the checkpoint was trained on."""
+def has_splits(args) -> bool:
+    """Whether --split names a folder of --data."""
+    return (Path(args.data) / args.split).is_dir()
+
+
+def is_another_split(checkpoint: Checkpoint, args) -> bool:
+    """Whether --data is a builder's set whose training pictures are not those the checkpoint was trained on."""
     trained_on = checkpoint.about.get("train_files")
     if trained_on is None or not read_about(Path(args.data)) or not (Path(args.data) / "train").is_dir():
-        return
+        return False
     try:
         train = read_faceset(args.data, "train", args.class_map,
                              report_classes(checkpoint.spec.classes, args.class_map))
     except FaceSetError:                                                    # an empty folder: nothing to compare
-        return
-    if faceset_digest(train.files) not in trained_on.values():
-        print("warning: the checkpoint was trained on another split; pictures of this one may be among its training "
-              "pictures")
+        return False
+    return faceset_digest(train.files) not in trained_on.values()
 
 
 @torch.inference_mode()
@@ -478,9 +481,10 @@ def measure(answers: Answers, checkpoint: Checkpoint, classes: tuple[str, ...], 
     """Every figure of the report, as test_metrics.json holds it."""
     found = torch.tensor([how != "template" for how in answers.aligned_by])
     everyone = torch.ones_like(found)
-    figures = {"data": Path(args.data).resolve().name, "split": args.split, "checkpoint": Path(args.ckpt).name,
-               "classes": list(classes), "flip": args.flip, **figures_of(answers, everyone, classes),
-               "unreadable": answers.unreadable, "with_detected_face": figures_of(answers, found, classes),
+    figures = {"data": Path(args.data).resolve().name, "split": args.split if has_splits(args) else "",
+               "checkpoint": Path(args.ckpt).name, "classes": list(classes), "flip": args.flip,
+               **figures_of(answers, everyone, classes), "unreadable": answers.unreadable,
+               "with_detected_face": figures_of(answers, found, classes),
                "without_detected_face": figures_of(answers, ~found, classes)}
     if manifest:
         figures["without_twin"] = figures_of(answers, without_twin(answers.files, manifest), classes)
@@ -571,13 +575,15 @@ def write_report(figures: dict, folder: Path, name: str) -> None:
     """All files of the report; says so where they replace figures of another set or checkpoint."""
     path, classes = folder / f"{name}_metrics.json", tuple(figures["classes"])
     low, high = (100 * end for end in figures["accuracy_ci95"])
-    title = (f"{figures['data']} {figures['split']}: {figures['n']:,} pictures, "
+    title = (f"{figures['data']} {figures['split']}".strip() + f": {figures['n']:,} pictures, "
              f"accuracy {100 * figures['accuracy']:.2f} % ({low:.2f} to {high:.2f})")
     confusion = np.array(figures["confusion_matrix"])
     draw_confusion(confusion, classes, title, False, folder / f"{name}_confusion_matrix.png")
     draw_confusion(confusion, classes, title, True, folder / f"{name}_confusion_matrix_percentage.png")
     draw_reliability(figures["calibration"], classes, title, folder / f"{name}_reliability.png")
     draw_risk(figures["risk_coverage"], title, folder / f"{name}_risk_coverage.png")
+    for optional in ("age_gender.png", "age_gender.csv", "probs.npz"):        # an earlier report's are not this one's
+        (folder / f"{name}_{optional}").unlink(missing_ok=True)
     if "age_gender" in figures:
         draw_subgroups(figures["age_gender"], classes, title, folder / f"{name}_age_gender.png")
         write_subgroups(figures["age_gender"], folder / f"{name}_age_gender.csv")
@@ -601,7 +607,7 @@ def write_summary(folder: Path) -> None:
         low, high = figures["accuracy_ci95"]
         twinless = figures.get("without_twin", {}).get("accuracy")
         rows.append({"name": path.name.removesuffix("_metrics.json"), "checkpoint": figures["checkpoint"],
-                     "data": f"{figures['data']} {figures['split']}", "n": figures["n"],
+                     "data": f"{figures['data']} {figures['split']}".strip(), "n": figures["n"],
                      "accuracy": f"{100 * figures['accuracy']:.2f}", "low": f"{100 * low:.2f}",
                      "high": f"{100 * high:.2f}", "without twin": "" if twinless is None else f"{100 * twinless:.2f}",
                      "worst class": worst, "its recall": f"{100 * recall[worst]:.1f}",
@@ -652,7 +658,11 @@ def main(argv: list[str] | None = None) -> None:
         report_shares(parser, args, checkpoint, folder)
         return
     faces = open_faceset(parser, args, classes)
-    warn_of_another_split(checkpoint, args)
+    if is_another_split(checkpoint, args):
+        what = "the checkpoint was trained on another split; pictures of this one may be among its training pictures"
+        if args.calibrate:
+            parser.error(f"--calibrate: {what}")
+        print(f"warning: {what}")
     manifest = read_manifest(args.data, faces.files)
     answers = classify(faces, checkpoint, args)
     if not answers.files:
@@ -663,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = measure(answers, checkpoint, classes, manifest, args)
     if args.through_112:
         figures["through_112"] = compare_112(answers, classify(faces, checkpoint, args, through_112=True), classes)
-    print_report(figures, args.split if (Path(args.data) / args.split).is_dir() else args.name)
+    print_report(figures, args.split if has_splits(args) else args.name)
     write_report(figures, folder, args.name)
     write_summary(folder)
     if args.save_probs:

@@ -284,7 +284,7 @@ def start_training(spec: FaceSpec, recipe: Recipe, args) -> Training:
 
 
 def initialise(model: FaceClassifier, init: str) -> None:
-    """Weights to start from: 'random' leaves torchvision's, 'imagenet', or a checkpoint file, its head where it fits.
+    """Weights to start from: 'random' leaves torchvision's, 'imagenet', or a checkpoint; its head if of our classes.
 
     Raises CheckpointError for a file that is none, and where ImageNet weights cannot be had.
     """
@@ -299,9 +299,11 @@ def initialise(model: FaceClassifier, init: str) -> None:
             raise CheckpointError(f"torchvision's weights could not be downloaded ({error}); fetch {url} elsewhere and "
                                   f"put it into {torch.hub.get_dir()}/checkpoints") from None
     else:
-        weights = load_checkpoint(init).model
-    own = model.backbone.state_dict()
-    model.backbone.load_state_dict({key: weights[key] if weights[key].shape == value.shape else value
+        start = load_checkpoint(init)
+        same = start.spec.classes == model.spec.classes
+        weights = {key: value for key, value in start.model.items() if same or not key.startswith("fc.")}
+    own = model.backbone.state_dict()           # torchvision's file has no batch counters, and a head of a thousand
+    model.backbone.load_state_dict({key: weights[key] if key in weights and weights[key].shape == value.shape else value
                                     for key, value in own.items()})
 
 
@@ -525,7 +527,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--batch_size", type=cli.positive_int, default=64, help="pictures per process and step")
     parser.add_argument("--lr", type=cli.positive_float, default=0.001)
     parser.add_argument("--patience", type=cli.positive_int, default=20,
-                        help="stop after so many epochs without a lower validation loss")
+                        help="stop after so many epochs at the last input size without a lower validation loss")
     parser.add_argument("--val_share", type=cli.fraction, default=0.06,
                         help="validation share of a set without a val folder: whole persons, or whole photographs")
     parser.add_argument("--seed", type=cli.natural_int, default=2023)

@@ -38,10 +38,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces
+from models.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces
 from models.cli import Parser, fraction, natural_int, output_folder, positive_int, worker_count
 from models.duplicates import MAX_SIDE, Fingerprints, group_same
-from models.faceset import CHIP_LANDMARKS, SPLITS, central_face
+from models.faceset import SPLITS, central_face
 from models.images import IMAGE_TYPES, PhotoError, collate_photos, decode_photo, walk_images
 from models.mtcnn import MTCNN
 from models.ranks import moved_in
@@ -451,7 +451,7 @@ def conflicts(chips: list[Chip], groups: list[list[int]]) -> list[list[int]]:
 
 def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
     """A CSV file with a header."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

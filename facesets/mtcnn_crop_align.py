@@ -17,7 +17,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out_dir = cli.output_folder(parser, "--out_dir", args.out_dir).resolve()
     args.in_dir = [os.path.abspath(path) for path in args.in_dir]
+    if args.resume and not (args.out_dir / PARTS).exists() and (args.out_dir / SKIPPED).exists():
+        parser.exit(0, f"{args.out_dir / SKIPPED} is finished: nothing to resume\n")
     if args.out_dir.is_relative_to(Path(args.in_dir[0]).resolve()):
         parser.error("--out_dir lies in --in_dir, where the crops would count as photographs")
     rank, world_size, device = start_distributed(args.device)
@@ -115,7 +118,7 @@ def load_detector(parser: cli.Parser, args) -> torch.nn.Module:
 
 def begin(args, folder: Path) -> None:
     """Indexes the photographs, if nothing in the output folder would be lost. Raises PartsError."""
-    if not (args.overwrite or args.check_exists or args.resume):
+    if not (args.overwrite or args.check_exists):
         there = [name for name in os.listdir(args.out_dir) if not name.startswith(".") and name != PARTS]
         if there:
             raise PartsError(f"--out_dir {args.out_dir} is not empty ({min(there)}); --check_exists adds what is "
@@ -218,68 +221,63 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
     numbers = [k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches))]
     batches = load_photos(photos, DECODE_BATCH, workers, args.max_side, batches=numbers) if numbers else ()
 
-    def align(batch: PhotoBatch) -> AlignedPhotos:
-        return align_batch(photos, batch, detector, device, args)
+    def search(batch: PhotoBatch) -> tuple[PhotoBatch, Faces]:
+        batch = replace(batch, images=batch.images.to(device))
+        return batch, detector.detect(batch.images, batch.sizes.to(device))
 
-    # A checkout's networks run in its folder, which is the whole process's: one picture at a time.
-    done = map(align, batches) if args.mtcnn_pytorch_path else in_turn(align, batches, device)
+    # A checkout's networks run in its folder, which is the whole process's: one batch at a time.
+    searched = map(search, batches) if args.mtcnn_pytorch_path else in_turn(search, batches, device)
     with tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05) as bar:
-        for chunk, its in itertools.groupby(done, lambda some: some.first // size):
+        for chunk, its in itertools.groupby(searched, lambda pair: first_position(pair[0]) // size):
             skipped, counts = [], Counter()
-            for some in its:
-                skipped += some.skipped
-                counts += some.counts
-                bar.update(some.n)
+            for batch, faces in its:
+                skipped += write_batch(photos, batch, faces, args, counts)
+                bar.update(len(batch.positions) + len(batch.failures))
             write_part(photos, chunk, skipped, counts, args)
 
 
-@dataclass
-class AlignedPhotos:
-    """What a batch of n photographs gave, the first of them in the list being number `first`."""
-    first: int
-    n: int
-    skipped: list[tuple[int, str, str]]         # position, status, reason of photographs that gave no crop
-    counts: Counter
-
-
-def align_batch(photos: Photos, batch: PhotoBatch, detector: torch.nn.Module, device: torch.device,
-                args) -> AlignedPhotos:
-    """Writes the crops of a batch and counts them."""
-    images = batch.images.to(device)
-    faces = detector.detect(images, batch.sizes.to(device))
-    order, number = rank_by_size(faces)
-    skipped, counts = list(batch.failures), Counter()
-    crops = {}                                              # of one photograph at a time: its faces lie together
-    at_once = max(1, VIEW_BYTES // (3 * args.out_res ** 2))
-    for some, its_numbers in zip(order.split(at_once), number.split(at_once), strict=True):
-        where = some.to(device)
-        image_index = faces.image_index[where]
-        views = align_faces(images, batch.sizes.to(device), image_index, faces.landmarks[where], WHOLE, args.out_res)
-        for view, i, face in zip(views.cpu(), image_index.tolist(), its_numbers.tolist(), strict=True):
-            crops.setdefault(i, {})[face] = view
+def write_batch(photos: Photos, batch: PhotoBatch, faces: Faces, args, counts: Counter) -> list[tuple[int, str, str]]:
+    """Writes the crops of a batch and counts them; (position, status, reason) of photographs that gave none."""
+    order, _ = rank_by_size(faces)
+    image_index, skipped = faces.image_index.cpu()[order], list(batch.failures)
     for i, position in enumerate(batch.positions):
-        reason = write_crops(photos, position, crops.get(i, {}), counts, args.overwrite)
-        if reason or i not in crops:
+        rows = order[image_index == i]
+        reason = write_crops(photos, position, len(rows), render_crops(batch, faces, rows, args.out_res), counts,
+                             args.overwrite)
+        if reason or not len(rows):
             skipped.append((position, "unwritable" if reason else "no_face", reason))
-    return AlignedPhotos(first_position(batch), len(batch.positions) + len(batch.failures), skipped, counts)
+    return skipped
 
 
-def write_crops(photos: Photos, position: int, crops: dict[int, torch.Tensor], counts: Counter,
+def render_crops(batch: PhotoBatch, faces: Faces, rows: torch.Tensor, side: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number, crop (3, side, side) uint8) of one photograph's faces, rows (n,) by size; the largest, number 0, last.
+
+    VIEW_BYTES of them are rendered at a time.
+    """
+    device = batch.images.device
+    for numbers in torch.arange(len(rows)).flip(0).split(max(1, VIEW_BYTES // (3 * side ** 2))):
+        where = rows[numbers].to(device)
+        views = align_faces(batch.images, batch.sizes.to(device), faces.image_index[where], faces.landmarks[where],
+                            WHOLE, side)
+        yield from zip(numbers.tolist(), views.cpu(), strict=True)
+
+
+def write_crops(photos: Photos, position: int, n: int, crops: Iterable[tuple[int, torch.Tensor]], counts: Counter,
                 overwrite: bool) -> str:
-    """Writes the crops of a photograph, the first one last: where it lies, all do. Why it could not be, or ''."""
+    """Writes the n crops of a photograph, the first one last: where it lies, all do. Why it could not be, or ''."""
     try:
-        for face in sorted(crops, reverse=True):
+        for face, crop in crops:
             path = photos.target(position, face)
             path.parent.mkdir(parents=True, exist_ok=True)
             with moved_in(path) as beside:
-                pixels = crops[face].permute(1, 2, 0).contiguous().numpy()
-                Image.fromarray(pixels).save(beside, "JPEG", quality=95, subsampling=0)
+                Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy()).save(beside, "JPEG", quality=95,
+                                                                                 subsampling=0)
     except OSError as error:
         if error.errno not in UNWRITABLE:                   # a full disk is the end of the run
             raise
         return f"its crop cannot be written: {error.strerror}"
-    counts["crops"] += len(crops)
-    for face in itertools.count(len(crops)) if overwrite else ():        # of an earlier run that found more faces
+    counts["crops"] += n
+    for face in itertools.count(n) if overwrite else ():    # of an earlier run that found more faces
         old = photos.target(position, face)
         if not old.exists():
             break

@@ -15,6 +15,10 @@ TEMPLATE_SIZE = 112
 # around (Deng et al., "ArcFace", 2019, and the data sets prepared for it).
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 WHOLE = (0.0, 0.0, 112.0, 112.0)
+# Mean landmarks of a 200 x 200 UTKFace chip (494 chips), as models/mtcnn.py finds them: a fall-back where not one face
+# of a set is found. A detector that clips its boxes puts them at (65.5, 66.9), (138.3, 67.0), (101.1, 109.5),
+# (69.7, 141.2), (133.6, 141.3).
+CHIP_LANDMARKS = ((59.6, 57.6), (138.1, 57.7), (98.2, 103.8), (63.9, 138.5), (133.2, 138.4))
 MAX_SAMPLES = 4_000_000          # points of one grid_sample call: bounds memory at about 100 MB
 
 

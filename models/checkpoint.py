@@ -7,7 +7,6 @@
 Only tensors and plain Python values, so it loads with weights_only=True. Lightning checkpoints of the two PUBLISHED
 layouts are read too, uncalibrated; what they hold beside tensors and plain values is passed over, never run.
 """
-import os
 import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +16,10 @@ import torchvision
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE
+from models.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE
 from models.calibration import Calibration
 from models.classifier import FaceClassifier, FaceSpec, empty_resnet18
-from models.faceset import CHIP_LANDMARKS
+from models.ranks import moved_in
 
 FORMAT = 1
 CHIP_SIZE = 200
@@ -65,15 +64,10 @@ class Checkpoint:
 
 
 def save_atomically(content: dict, path: str | Path) -> None:
-    """torch.save beside the place and a move into it: the file is whole or not there at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    """torch.save: the file is whole or not there at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with moved_in(path) as beside:
         torch.save(content, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -105,10 +99,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"its arch is {content.get('arch')!r}, wanted 'resnet18'")
     spec = read_spec(content.get("spec"))
     model = read_weights(spec, content.get("model"))
-    calibration = content.get("calibration")
+    calibration = read_calibration(content.get("calibration"))
     about = {key: value for key, value in content.items()
              if key not in ("format", "spec", "arch", "model", "calibration")}
-    return Checkpoint(spec, model, Calibration(**calibration) if calibration else None, about)
+    return Checkpoint(spec, model, calibration, about)
+
+
+def read_calibration(fields) -> Calibration | None:
+    """The Calibration in a checkpoint, if it holds one. Raises CheckpointError."""
+    try:
+        return Calibration(**fields) if fields else None
+    except TypeError as error:
+        raise CheckpointError(f"its calibration is not this project's ({error})") from None
 
 
 def read_lightning(content: dict) -> Checkpoint:

@@ -1,6 +1,7 @@
 """What every command line shares: the one-line error, argument types, the choice of device, guarded outputs."""
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
+        for stream in (sys.stdout, sys.stderr):             # a file name need not be UTF-8: print it as it can be
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

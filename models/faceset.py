@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.align import TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
+from models.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
 from models.images import PhotoBatch, can_share, load_photos, walk_images
 from models.mtcnn import MTCNN, Faces
 from models.threads import in_turn
 
 SPLITS = ("train", "val", "test")
 MAX_SIDE = 3000             # pixels: larger photographs are reduced to it while decoding, as infer.py does by default
-# Mean landmarks of a 200 x 200 UTKFace chip (494 chips), as models/mtcnn.py finds them; a detector that clips its boxes
-# puts them at (65.5, 66.9), (138.3, 67.0), (101.1, 109.5), (69.7, 141.2), (133.6, 141.3).
-CHIP_LANDMARKS = ((59.6, 57.6), (138.1, 57.7), (98.2, 103.8), (63.9, 138.5), (133.2, 138.4))
 
 
 class FaceSetError(Exception):
@@ -112,7 +109,7 @@ def list_folders(root: Path, split: str | None) -> list[tuple[str, str]]:
 def list_csv(path: Path) -> list[tuple[str, str]]:
     """(file, class) of every row of a CSV with columns image and class; files relative to it, or absolute."""
     pairs = []
-    with open(path, newline="", encoding="utf-8-sig") as file:             # spreadsheets write a byte order mark
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:    # a mark, of spreadsheets
         try:
             reader = csv.DictReader(file)
             if not {"image", "class"} <= set(reader.fieldnames or ()):
@@ -121,7 +118,7 @@ def list_csv(path: Path) -> list[tuple[str, str]]:
                 if not row["image"] or not row["class"]:
                     raise FaceSetError(f"{path}: line {reader.line_num} has no image or no class")
                 pairs.append((row["image"], row["class"]))
-        except (UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
             raise FaceSetError(f"{path} cannot be read as a CSV ({error})") from None
     return pairs
 

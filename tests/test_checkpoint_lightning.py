@@ -16,10 +16,10 @@ from torchvision.models import resnet18
 
 import evaluate
 import infer
-from models.align import TEMPLATE, WHOLE, align_faces, crop_views, fit_similarity
+from models.align import CHIP_LANDMARKS, TEMPLATE, WHOLE, align_faces, crop_views, fit_similarity
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
-from models.faceset import CHIP_LANDMARKS, align_set
+from models.faceset import align_set
 from models.mtcnn import MTCNN
 from models.pipeline import read_predictions
 

@@ -143,6 +143,15 @@ def test_a_dead_run_is_resumed_without_its_finished_parts(photos, tmp_path, monk
     assert files(out) == files(whole)
 
 
+def test_a_finished_run_is_not_done_again_by_resume(photos, tmp_path, capsys):
+    align(photos, tmp_path / "out", "--min_face_size", "40")
+    before = files(tmp_path / "out")
+    with pytest.raises(SystemExit) as stopped:
+        align(photos, tmp_path / "out", "--resume", "--out_res", "56")
+    assert stopped.value.code == 0 and "nothing to resume" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+
+
 def test_a_list_may_not_leave_the_folder(photos, tmp_path):
     (tmp_path / "list.txt").write_text(f"./text.webp\n{photos / 'text.webp'}\n../elsewhere.jpg\n{ASTRONAUT}\n")
     align(photos, tmp_path / "out", "--in_list", str(tmp_path / "list.txt"))

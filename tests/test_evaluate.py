@@ -185,14 +185,29 @@ def test_another_split_than_the_one_trained_on_is_said(built, trained, tmp_path,
     data, told = shutil.copytree(built, tmp_path / "data"), load_checkpoint(trained)
     shutil.copytree(data / "val", data / "train")
     _, args = evaluate.parse_args(["--data", str(data)])
-    evaluate.warn_of_another_split(told, args)                      # it does not say what it was trained on
+    assert not evaluate.is_another_split(told, args)                # it does not say what it was trained on
     told.about["train_files"] = {"data": faceset_digest([f"{i}.png" for i in range(10)] * 4)}
-    evaluate.warn_of_another_split(told, args)
-    assert capsys.readouterr().out == ""
+    assert not evaluate.is_another_split(told, args)
     (data / "train" / "0" / "0.png").rename(data / "train" / "0" / "new.png")
-    evaluate.warn_of_another_split(told, args)
-    said = capsys.readouterr().out
-    assert said.startswith("warning: the checkpoint was trained on another split; ") and said.count("\n") == 1
+    assert evaluate.is_another_split(told, args)
+    save_checkpoint(tmp_path / "told.pt", told)
+    run(data, tmp_path / "told.pt", tmp_path / "out")
+    assert "warning: the checkpoint was trained on another split; " in capsys.readouterr().out
+    before = (tmp_path / "told.pt").read_bytes()
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "told.pt", tmp_path / "out", "--calibrate")
+    assert "--calibrate: the checkpoint was trained on another split; " in capsys.readouterr().err
+    assert (tmp_path / "told.pt").read_bytes() == before
+
+
+def test_no_file_of_an_earlier_report_stays_beside_another(built, trained, tmp_path):
+    run(built, trained, tmp_path, "--save_probs")
+    assert (tmp_path / "test_probs.npz").exists() and (tmp_path / "test_age_gender.png").exists()
+    plain = shutil.copytree(built / "test", tmp_path / "plain")
+    (plain / "faceset.json").write_text(json.dumps({"classes": CLASSES, "aligned": True}))
+    run(plain, trained, tmp_path)
+    assert not list(tmp_path.glob("test_age_gender.*")) and not (tmp_path / "test_probs.npz").exists()
+    assert json.loads((tmp_path / "test_metrics.json").read_text())["split"] == ""
 
 
 def test_mistakes_are_one_line_that_names_the_flag(built, trained, tmp_path, capsys):

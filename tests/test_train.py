@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw_crop
 from PIL import Image
+from torchvision.models import ResNet18_Weights, resnet18
 
 import train
 from models.align import TEMPLATE, crop_views
@@ -195,6 +197,27 @@ def test_initialising_from_a_checkpoint(drawn_set, tmp_path, small_recipe):
     model = train.FaceClassifier(load_checkpoint(tmp_path / "a.pt").spec)
     train.initialise(model, str(tmp_path / "a.pt"))
     assert torch.equal(model.backbone.fc.weight, weights(tmp_path / "a.pt")["fc.weight"])
+
+
+def test_a_head_of_other_classes_is_not_taken_over(drawn_set, tmp_path, small_recipe):
+    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
+    start = load_checkpoint(tmp_path / "a.pt")
+    model = train.FaceClassifier(replace(start.spec, classes=start.spec.classes[::-1]))
+    train.initialise(model, str(tmp_path / "a.pt"))
+    assert torch.equal(model.backbone.conv1.weight, start.model["conv1.weight"])
+    assert not torch.equal(model.backbone.fc.weight, start.model["fc.weight"])
+
+
+def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):
+    """torchvision's file has no batch counters and a head of a thousand classes."""
+    file = {key: value for key, value in resnet18(num_classes=1000).state_dict().items() if "num_batches" not in key}
+    monkeypatch.setattr(type(ResNet18_Weights.IMAGENET1K_V1), "get_state_dict", lambda *args, **kwargs: file)
+    model = train.FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 40))
+    head = model.backbone.fc.weight.clone()
+    train.initialise(model, "imagenet")
+    assert torch.equal(model.backbone.layer4[1].bn2.running_var, file["layer4.1.bn2.running_var"])
+    assert torch.equal(model.backbone.conv1.weight, file["conv1.weight"])
+    assert torch.equal(model.backbone.fc.weight, head)
 
 
 def test_another_flag_is_not_mixed_into_a_resumed_run(drawn_set, tmp_path, small_recipe, monkeypatch, capsys):
