@@ -9,14 +9,14 @@ MOST_THREADS = 8         # each holds a decoded batch and the networks' working 
 
 
 def in_turn(function: Callable, items: Iterable, device: torch.device) -> Iterator:
-    """function(item) of each item, in their order. On a CPU as many are worked on at once as PyTorch has threads,
-    MOST_THREADS at most.
+    """function(item) of each item, in their order; on a CPU several are worked on at once, a thread each.
 
-    Detection is hundreds of small operations: two threads on each are hardly faster than one, two pictures at once
-    are. A result does not depend on the number of threads, for each item has one. Items are taken one ahead, so
-    memory holds one more of them than there are threads. A CUDA device takes one after another.
+    As many as PyTorch has threads, MOST_THREADS at most. Detection is hundreds of small operations: two threads on
+    each are hardly faster than one, two pictures at once are. A result does not depend on their number. Memory holds
+    one item more than there are threads. A CUDA device takes one after another.
     """
-    threads = min(torch.get_num_threads(), MOST_THREADS)
+    before = torch.get_num_threads()
+    threads = min(before, MOST_THREADS)
     if device.type != "cpu" or threads == 1:
         yield from map(function, items)
         return
@@ -31,3 +31,4 @@ def in_turn(function: Callable, items: Iterable, device: torch.device) -> Iterat
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)       # threads born later, autograd's among them, begin with what was set last

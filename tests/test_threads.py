@@ -1,5 +1,6 @@
 """models/threads.py: order, one thread each, no running ahead, and errors that arrive."""
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,6 +30,13 @@ def test_results_keep_the_order_of_the_items():
 def test_each_item_has_one_thread_and_the_caller_keeps_its_own():
     assert list(in_turn(lambda _: torch.get_num_threads(), range(4), CPU)) == [1] * 4
     assert torch.get_num_threads() == 2
+
+
+def test_threads_born_later_have_all_threads():
+    """Autograd's backward pass runs in one."""
+    list(in_turn(lambda i: i, range(4), CPU))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_items_are_taken_as_results_are():
