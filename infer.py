@@ -58,7 +58,7 @@ from models.ranks import (
 )
 from models.shares import draw_shares, estimate_shares, format_shares
 
-CKPT = "checkpoints/resnet18_utk.pt"         # in the project, wherever the command is run
+CKPT = "checkpoints/resnet18_general.pt"     # in the project, wherever the command is run
 UNCERTAIN = "uncertain"
 PARTS = "infer_parts"               # folder of an unfinished run, in the output folder
 FEWEST_FACES = 20                   # below, intervals of shares say nothing and drawing them takes longest of all

@@ -346,8 +346,8 @@ def test_calibrating_leaves_the_lightning_file_alone(published, utk_named, tmp_p
 def test_the_default_checkpoint_is_found_from_any_folder(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = infer.build_parser().parse_args(["--output_dir", "out"]) if command is infer else evaluate.parse_args([])[1]
-    assert Path(args.ckpt) == ROOT / "checkpoints" / "resnet18_utk.pt"
+    assert Path(args.ckpt) == ROOT / command.CKPT and Path(args.ckpt).is_file()
     with pytest.raises(SystemExit):
         command.main(["--help"])
     said = capsys.readouterr().out
-    assert "checkpoints/resnet18_utk.pt" in " ".join(said.split()) and str(ROOT) not in said
+    assert command.CKPT in " ".join(said.split()) and str(ROOT) not in said
