@@ -59,6 +59,7 @@ from models.faceset import FaceSet, align_set  # noqa: E402
 from models.images import collate_photos, decode_photo, group_sizes, list_images, load_photos  # noqa: E402
 from models.mtcnn import MTCNN, Faces  # noqa: E402
 from models.pipeline import DECODE_BATCH, Labeller, read_predictions  # noqa: E402
+from models.threads import in_turn  # noqa: E402
 
 FACE_SIZES = (20, 40)           # smallest face, pixels
 BATCH = 64                      # of training
@@ -89,7 +90,7 @@ class Sizes:
 
 
 SIZES = {"default": Sizes(),
-         "quick": Sizes(3, 48, 40, 512, 96, 4, 2, 400, 400, 1, (500, 2_000)),
+         "quick": Sizes(3, 64, 64, 512, 96, 4, 2, 400, 400, 1, (500, 2_000)),
          "full": Sizes(steps=None, builder_runs=5)}
 EPOCH_CROPS = 13_207            # training pictures of the published split of UTKFace
 
@@ -306,16 +307,21 @@ def bench_align(bench: Bench) -> Result:
 
 def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
     """Detects and aligns as infer.py does, in batches; the faces of each picture, in the order of the pictures."""
+    device = next(detector.parameters()).device
+    batches = [[start + i for i in group] for start in range(0, len(photos), DECODE_BATCH)
+               for group in group_sizes(photos[start:start + DECODE_BATCH])]
+
+    def align(batch: list[int]) -> list[Faces]:
+        images, sizes = collate_photos([photos[i] for i in batch])
+        images = images.to(device)
+        faces = detector.detect(images, sizes)
+        align_faces(images, sizes.to(device), faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
+        return [Faces(*(value[faces.image_index == k].cpu() for value in vars(faces).values()))
+                for k in range(len(batch))]
+
     found = {}
-    for start in range(0, len(photos), DECODE_BATCH):
-        for group in group_sizes(photos[start:start + DECODE_BATCH]):
-            images, sizes = collate_photos([photos[start + i] for i in group])
-            images = images.to(next(detector.parameters()).device)
-            faces = detector.detect(images, sizes)
-            align_faces(images, sizes.to(images.device), faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
-            for k, i in enumerate(group):
-                rows = faces.image_index == k
-                found[start + i] = Faces(*(value[rows].cpu() for value in vars(faces).values()))
+    for batch, its in zip(batches, in_turn(align, batches, device), strict=True):
+        found.update(zip(batch, its, strict=True))
     return [found[i] for i in range(len(photos))]
 
 
