@@ -156,7 +156,7 @@ def read_tensors(path: str | Path):
         raise CheckpointError("no such file") from None
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         message = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or type(error).__name__
-        reason = message.splitlines()[0].partition(". Please")[0]
+        reason = (message.strip() or type(error).__name__).splitlines()[0].partition(". Please")[0]
         raise CheckpointError(f"cannot be read as a checkpoint ({reason})") from None
     except (EOFError, LookupError, ValueError, TypeError, AttributeError):              # what any bytes can lead to
         raise CheckpointError("cannot be read as a checkpoint (torch.save did not write it)") from None

@@ -351,3 +351,8 @@ def test_the_default_checkpoint_is_found_from_any_folder(command, tmp_path, monk
         command.main(["--help"])
     said = capsys.readouterr().out
     assert command.CKPT in " ".join(said.split()) and str(ROOT) not in said
+
+
+def test_a_file_of_another_kind_is_refused_with_a_reason():
+    with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint \(\w.*\)"):
+        load_checkpoint(ROOT / "README.md")
