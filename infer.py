@@ -33,7 +33,7 @@ from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from models.faceset import FaceSet, FaceSetError, read_faceset
 from models.images import InputError, PhotoIndex, index_photos
 from models.mtcnn import MTCNN
-from models.parts import PartsError, missing_parts, open_parts, part_path
+from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
 from models.pipeline import (
     STATUSES,
     Labeller,
@@ -141,8 +141,7 @@ def check_flags(parser: cli.Parser, args) -> None:
         parser.error("--output_dir lies in --input_dir, where the pictures drawn would count as photographs next time")
     out = args.output_dir = cli.output_folder(parser, "--output_dir", args.output_dir)
     if args.resume:
-        if not (out / PARTS).exists() and (out / "predictions.csv").exists():
-            parser.exit(0, f"{out / 'predictions.csv'} is finished: nothing to resume\n")
+        exit_if_finished(parser, out / PARTS, out / "predictions.csv")
         return
     grids = [path for path in out.glob("*.jpg") if path.stem.isdecimal()] if args.visualize else []
     cli.refuse_existing(parser, "--output_dir", [out / "predictions.csv", out / "pred_ethnicities.txt",

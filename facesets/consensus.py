@@ -36,7 +36,7 @@ from models import cli  # noqa: E402
 from models.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
 from models.images import InputError, PhotoIndex, index_photos  # noqa: E402
 from models.mtcnn import MTCNN  # noqa: E402
-from models.parts import PartsError, missing_parts, open_parts, part_path  # noqa: E402
+from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path  # noqa: E402
 from models.pipeline import (  # noqa: E402
     Labeller,
     Row,
@@ -118,9 +118,9 @@ def check_flags(parser: cli.Parser, args) -> None:
     if args.strict and args.threshold == 1:
         parser.error("--strict --threshold 1: no share is more than 1")
     args.output_dir = cli.output_folder(parser, "--output_dir", args.output_dir)
-    if args.resume and not (args.output_dir / PARTS).exists() and (args.output_dir / "people.csv").exists():
-        parser.exit(0, f"{args.output_dir / 'people.csv'} is finished: nothing to resume\n")
-    if not args.resume:
+    if args.resume:
+        exit_if_finished(parser, args.output_dir / PARTS, args.output_dir / "people.csv")
+    else:
         cli.refuse_existing(parser, "--output_dir", [args.output_dir / name for name in RESULTS], args.overwrite)
 
 

@@ -32,7 +32,7 @@ from models import cli  # noqa: E402
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces  # noqa: E402
 from models.images import InputError, PhotoBatch, PhotoError, PhotoIndex, index_photos, load_photos  # noqa: E402
 from models.mtcnn import MTCNN, Faces  # noqa: E402
-from models.parts import PartsError, missing_parts, open_parts, part_path  # noqa: E402
+from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path  # noqa: E402
 from models.pipeline import (  # noqa: E402
     DECODE_BATCH,
     chunk_size,
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out_dir = cli.output_folder(parser, "--out_dir", args.out_dir).resolve()
     args.in_dir = [os.path.abspath(path) for path in args.in_dir]
-    if args.resume and not (args.out_dir / PARTS).exists() and (args.out_dir / SKIPPED).exists():
-        parser.exit(0, f"{args.out_dir / SKIPPED} is finished: nothing to resume\n")
+    if args.resume:
+        exit_if_finished(parser, args.out_dir / PARTS, args.out_dir / SKIPPED)
     if args.out_dir.is_relative_to(Path(args.in_dir[0]).resolve()):
         parser.error("--out_dir lies in --in_dir, where the crops would count as photographs")
     rank, world_size, device = start_distributed(args.device)

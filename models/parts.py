@@ -12,6 +12,12 @@ class PartsError(Exception):
     """Why a run cannot be begun or resumed, in a line that names the flag."""
 
 
+def exit_if_finished(parser: Parser, folder: Path, result: Path) -> None:
+    """Ends the program, with nothing done, where the run to resume has its result and no folder of parts any more."""
+    if result.exists() and not folder.exists():
+        parser.exit(0, f"{result} is finished: nothing to resume\n")
+
+
 def open_parts(parser: Parser, folder: Path, asked: dict, begin: Callable[[Path], None], rank: int, *, resume: bool,
                overwrite: bool) -> None:
     """Makes the folder of parts and lets begin(folder) fill it, or finds it again; rank 0 does so for all ranks.

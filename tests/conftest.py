@@ -1,4 +1,5 @@
 """Where the tests find real faces, and small sets of drawn ones."""
+import io
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,19 @@ def faces_data() -> Path:
             pytest.fail(missing)
         pytest.skip(missing)
     return folder
+
+
+def draw_blots(seed: int) -> Image.Image:
+    """A 200 x 200 picture of soft blots, unlike that of any other seed."""
+    blots = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(blots).resize((200, 200), Image.Resampling.BICUBIC)
+
+
+def jpeg(picture: Image.Image, quality: int = 90) -> bytes:
+    """The bytes of a JPEG file."""
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
 
 
 def draw_crop(label: int, seed: int, side: int = 112) -> Image.Image:

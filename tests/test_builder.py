@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw_blots, jpeg
 from PIL import Image
 
 import utk_dataset_builder as builder
@@ -21,19 +22,6 @@ from models.mtcnn import MTCNN
 from utk_dataset_builder import Chip, group_chips, parse_utk_name, split_groups, split_sizes
 
 
-def drawn_chip(seed: int) -> Image.Image:
-    """A 200 x 200 picture of soft blots, unlike that of any other seed."""
-    blots = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(blots).resize((200, 200), Image.Resampling.BICUBIC)
-
-
-def jpeg(picture: Image.Image, quality: int = 90) -> bytes:
-    """The bytes of a JPEG file."""
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=quality)
-    return stream.getvalue()
-
-
 def chip_name(i: int, label: int) -> str:
     """A name as UTKFace has them."""
     return f"{20 + i % 50}_{i % 2}_{label}_201701{i:011d}.jpg.chip.jpg"
@@ -42,11 +30,11 @@ def chip_name(i: int, label: int) -> str:
 @pytest.fixture(scope="module")
 def chips() -> dict[str, bytes]:
     """File name -> bytes: 40 chips, 10 a class, with a pair of equals, a pair that disagrees, and odd files."""
-    files = {chip_name(i, i % 4): jpeg(drawn_chip(i)) for i in range(40)}
+    files = {chip_name(i, i % 4): jpeg(draw_blots(i)) for i in range(40)}
     files[chip_name(101, 1)] = files[chip_name(1, 1)]
     files[chip_name(102, 3)] = files[chip_name(2, 2)]
-    files[chip_name(103, 4)] = jpeg(drawn_chip(103))
-    files["39_1_20170116174525125.jpg.chip.jpg"] = jpeg(drawn_chip(104))
+    files[chip_name(103, 4)] = jpeg(draw_blots(103))
+    files["39_1_20170116174525125.jpg.chip.jpg"] = jpeg(draw_blots(104))
     files[chip_name(105, 0)] = b"not a picture"
     files["readme.txt"] = b"no picture either"
     return files
@@ -109,7 +97,7 @@ def test_a_malformed_name_gives_the_reason(name, reason):
 def test_groups_of_two_and_more_are_numbered():
     found, prints = [Chip(str(i), str(i), 20, 0, 0) for i in range(5)], Fingerprints()
     for i, seed in enumerate((1, 2, 1, 3, 2)):
-        data = jpeg(drawn_chip(seed))
+        data = jpeg(draw_blots(seed))
         prints.add(i, data, decode_photo(data)[0])
     assert group_chips(found, prints) == [[0, 2], [1, 4], [3]]
     assert [chip.group for chip in found] == [1, 2, 1, 0, 2]

@@ -1,25 +1,11 @@
 """Pictures that are one photograph: pairs, groups, and files that cannot be read."""
-import io
-
 import numpy as np
 import pytest
+from conftest import draw_blots, jpeg
 from PIL import Image
 
 from models.duplicates import NEAR, THUMB, Fingerprints, group_files, group_same, near_pairs
 from models.images import decode_photo
-
-
-def drawn_picture(seed: int) -> Image.Image:
-    """A 200 x 200 picture of soft blots, unlike that of any other seed."""
-    blots = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(blots).resize((200, 200), Image.Resampling.BICUBIC)
-
-
-def jpeg(picture: Image.Image, quality: int = 90) -> bytes:
-    """The bytes of a JPEG file."""
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=quality)
-    return stream.getvalue()
 
 
 def test_near_pairs_agree_with_numpy():
@@ -49,10 +35,10 @@ def test_pictures_of_one_tone_and_no_pictures_have_no_pairs():
 
 
 def test_groups_join_what_is_one_photograph():
-    picture = drawn_picture(1)
+    picture = draw_blots(1)
     darker = picture.point(lambda value: int(value * 0.7))
-    forms = [picture, darker, darker.transpose(Image.Transpose.FLIP_LEFT_RIGHT), drawn_picture(2), drawn_picture(3),
-             drawn_picture(2)]
+    forms = [picture, darker, darker.transpose(Image.Transpose.FLIP_LEFT_RIGHT), draw_blots(2), draw_blots(3),
+             draw_blots(2)]
     prints = Fingerprints()
     for i, (form, quality) in enumerate(zip(forms, (95, 60, 80, 90, 90, 90), strict=True)):
         prints.add(i, jpeg(form, quality), decode_photo(jpeg(form, quality))[0])
@@ -62,9 +48,9 @@ def test_groups_join_what_is_one_photograph():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_files_are_grouped_and_broken_ones_are_alone(tmp_path, workers):
-    picture = drawn_picture(1)
-    files = {"a.jpg": jpeg(picture), "b.jpg": b"no picture", "c.jpg": jpeg(drawn_picture(2)), "d.png": b"no picture",
-             "e.jpg": jpeg(picture.resize((90, 90)), 70), "f.jpg": jpeg(drawn_picture(2))}
+    picture = draw_blots(1)
+    files = {"a.jpg": jpeg(picture), "b.jpg": b"no picture", "c.jpg": jpeg(draw_blots(2)), "d.png": b"no picture",
+             "e.jpg": jpeg(picture.resize((90, 90)), 70), "f.jpg": jpeg(draw_blots(2))}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     paths = [str(tmp_path / name) for name in [*files, "absent.jpg", "c.jpg"]]
