@@ -473,7 +473,7 @@ def calibrate(parser: cli.Parser, answers: Answers, checkpoint: Checkpoint, args
     bias = ", ".join(f"{name} {value:+.3f}" for name, value in zip(checkpoint.spec.classes, checkpoint.calibration.bias,
                                                                    strict=True))
     print(f"Calibration on {len(answers.labels)} pictures: temperature {checkpoint.calibration.temperature:.3f}, "
-          f"bias {bias}; written to {path}")
+          f"curve {checkpoint.calibration.curve:.3f}, bias {bias}; written to {path}")
     return replace(answers, probs=checkpoint.probs(answers.logits))
 
 

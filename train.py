@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from models import cli
-from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_bilinear, window_points
+from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_views, template_pixels
 from models.calibration import fit_calibration
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
@@ -174,7 +174,7 @@ def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generat
     crops (B, 3, R, R) uint8 -> views (B, 3, side, side) float32 in 0..255. Without `augment`, flip and the shifts of a
     random crop of 104 from 128 alone.
     """
-    n, per_px = len(crops), crops.shape[-1] / TEMPLATE_SIZE
+    n = len(crops)
     flip = 1 - 2 * (torch.rand(n, generator=generator, device=crops.device) < 0.5).float()
     reach = 5.0 if augment else 12 / 104 * (window[2] - window[0])                          # template pixels
     shift = torch.stack([uniform(n, -reach, reach, generator), uniform(n, -reach, reach, generator)], -1)
@@ -187,10 +187,8 @@ def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generat
         turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
         linear = turn @ torch.diag_embed(torch.stack([flip * stretch, 1 / stretch], -1))
     centre = torch.tensor([(window[0] + window[2]) / 2 - 0.5, (window[1] + window[3]) / 2 - 0.5], device=crops.device)
-    points = window_points(window, side, crops.device) - centre
-    where = torch.einsum("nij,hwj->nhwi", linear, points) + (centre + shift)[:, None, None]
-    sizes = torch.tensor(crops.shape[2:], device=crops.device).expand(n, 2)
-    views = sample_bilinear(crops.float(), (where + 0.5) * per_px - 0.5, sizes)
+    warp = torch.cat([linear, (centre + shift - linear @ centre)[:, :, None]], 2)
+    views = sample_views(crops.float(), template_pixels(warp, crops.shape[-1] / TEMPLATE_SIZE), window, side)
     return random_erase(random_blur(random_colour(views, generator), generator), generator) if augment else views
 
 
@@ -278,7 +276,7 @@ def start_training(spec: FaceSpec, recipe: Recipe, args) -> Training:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay},
-                                   {"params": plain, "weight_decay": 0.0}], lr=args.lr)
+                                   {"params": plain, "weight_decay": 0.0}], lr=args.lr, fused=True)
     return Training(model, copy.deepcopy(model).eval(), optimizer,
                     from_first(fastest_format(model, recipe, args.device)))
 

@@ -4,7 +4,7 @@ Coordinates of pictures put pixel (0, 0) at the centre of the top-left pixel, as
 (x0, y0, x1, y1) is given by its edges in template pixels, the whole crop being (0, 0, 112, 112); the centre of
 column j of a view of side S therefore lies at template x = x0 + (j + 0.5) * (x1 - x0) / S - 0.5.
 """
-import math
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ WHOLE = (0.0, 0.0, 112.0, 112.0)
 # of a set is found. A detector that clips its boxes puts them at (65.5, 66.9), (138.3, 67.0), (101.1, 109.5),
 # (69.7, 141.2), (133.6, 141.3).
 CHIP_LANDMARKS = ((59.6, 57.6), (138.1, 57.7), (98.2, 103.8), (63.9, 138.5), (133.2, 138.4))
-MAX_SAMPLES = 4_000_000          # points of one grid_sample call: bounds memory at about 100 MB
+LARGEST_STEP = 1.25             # pixels of a picture between two samples of it
+MAX_PIXELS = 4_000_000          # of the views made at once: bounds memory at about 100 MB
 
 
 def fit_similarity(src: Tensor, dst: Tensor) -> Tensor:
@@ -48,47 +49,37 @@ def invert_similarity(M: Tensor) -> Tensor:
     return torch.cat([inverse, -inverse @ M[:, :, 2:]], -1)
 
 
-def window_points(window: tuple, side: int, device: torch.device) -> Tensor:
-    """Template xy of the pixel centres of a view: (side, side, 2) float32."""
+def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, samples: int = 1) -> Tensor:
+    """Views of a window, each pixel the mean of samples x samples bilinear ones; a picture's edges repeat beyond it.
+
+    images (n, 3, H, W) float32 and to_image (n, 2, 3), template -> pixels of the image; either may be one for all.
+    Returns (n, 3, side, side) float32. The half-pixel shift of grid_sample is made here alone.
+    """
     x0, y0, x1, y1 = window
-    steps = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
-    y, x = torch.meshgrid(y0 + steps * (y1 - y0) - 0.5, x0 + steps * (x1 - x0) - 0.5, indexing="ij")
-    return torch.stack([x, y], -1)
+    n, device = max(len(images), len(to_image)), to_image.device
+    half = torch.tensor([(x1 - x0) / 2, (y1 - y0) / 2], device=device)
+    centre = torch.tensor([(x0 + x1) / 2 - 0.5, (y0 + y1) / 2 - 0.5], device=device)
+    extent = torch.tensor([images.shape[3], images.shape[2]], device=device)
+    linear = to_image[:, :, :2] * half * (2 / extent[:, None])                  # from -1 ... 1 to -1 ... 1
+    shift = (to_image[:, :, :2] @ centre + to_image[:, :, 2] + 0.5) * (2 / extent) - 1
+    theta = torch.cat([linear, shift[:, :, None]], 2).to(images.device)
+    grid = F.affine_grid(theta, [len(theta), 3, side, side], align_corners=False).expand(n, -1, -1, -1)
+    steps = ((torch.arange(samples, device=device) + 0.5) / samples - 0.5) * (2 / side)
+    offsets = (torch.cartesian_prod(steps, steps) @ linear.mT).to(images.device)                # (n, samples^2, 2)
+    views = torch.zeros(n, 3, side, side, device=images.device)
+    for offset in offsets.unbind(1):
+        views += F.grid_sample(images.expand(n, -1, -1, -1), grid + offset[:, None, None], mode="bilinear",
+                               padding_mode="border", align_corners=False)
+    return views / samples ** 2
 
 
-def sample_bilinear(images: Tensor, points: Tensor, sizes: Tensor) -> Tensor:
-    """Bilinear samples of each image at its points, edges replicated beyond the picture.
+def count_samples(pixels: Tensor) -> Tensor:
+    """Samples along a side of a view's pixel that covers so many pixels of a picture: none two are LARGEST_STEP apart.
 
-    images (B, 3, H, W) float32; points (B, h, w, 2) xy pixels; sizes (B, 2) the true (height, width) of each
-    image in the batch. Returns (B, 3, h, w) float32. The half-pixel shift of grid_sample is made here alone.
+    A bilinear sample takes in the pixels around it, so nothing between two of them is skipped: shrinking does not
+    alias.
     """
-    extent = torch.tensor(images.shape[:1:-1], device=images.device, dtype=torch.float32)          # (W, H)
-    last = (sizes.flip(1) - 1).to(points.dtype).view(-1, 1, 1, 2)                                   # (B, 1, 1, 2)
-    inside = torch.minimum(points.clamp(min=0), last)
-    return F.grid_sample(images, (2 * inside + 1) / extent - 1, mode="bilinear", padding_mode="border",
-                         align_corners=False)
-
-
-def render(image: Tensor, to_photo: Tensor, window: tuple, side: int, size: Tensor) -> Tensor:
-    """Views of several faces of one photograph, one supersampled resampling each.
-
-    image (3, H, W) float32, to_photo (n, 2, 3) template -> photo, size (2,) true height and width.
-    Returns (n, 3, side, side) float32. Each output pixel is the mean of k x k bilinear samples, k being the number
-    of photo pixels it covers, rounded up: nothing between two samples is skipped, so shrinking does not alias.
-    """
-    pixels = torch.linalg.vector_norm(to_photo[:, :, 0], dim=1) * (window[2] - window[0]) / side
-    factors = pixels.ceil().clamp(1, 64).long().tolist()
-    views = torch.empty(len(to_photo), 3, side, side, device=image.device)
-    for k in sorted(set(factors)):
-        rows = [row for row, factor in enumerate(factors) if factor == k]
-        points = window_points(window, side * k, image.device)                       # (S k, S k, 2)
-        for some in torch.tensor(rows, device=image.device).split(max(1, MAX_SAMPLES // (side * k) ** 2)):
-            M = to_photo[some]
-            where = torch.einsum("nij,hwj->nhwi", M[:, :, :2], points) + M[:, None, None, :, 2]
-            faces = sample_bilinear(image[None], where.reshape(1, -1, side * k, 2), size[None])
-            faces = faces.view(3, len(some), side * k, side * k).transpose(0, 1)
-            views[some] = F.avg_pool2d(faces, k) if k > 1 else faces
-    return views
+    return (pixels / LARGEST_STEP).ceil().clamp(1, 64).long()
 
 
 def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: Tensor, window: tuple,
@@ -100,12 +91,35 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     landmarks belong, a checkpoint's own.
     Returns views (n, 3, side, side) uint8; n may be 0. What lies outside a photograph repeats its edge.
     """
-    to_photo = invert_similarity(fit_similarity(landmarks, torch.tensor(template, device=images.device)))
+    to_photo = invert_similarity(fit_similarity(landmarks.cpu(), torch.tensor(template)))
+    pixels = torch.linalg.vector_norm(to_photo[:, :, 0], dim=1) * (window[2] - window[0]) / side
     views = torch.empty(len(landmarks), 3, side, side, dtype=torch.uint8, device=images.device)
-    for i in image_index.unique().tolist():
-        rows = (image_index == i).nonzero().squeeze(1)
-        views[rows] = to_bytes(render(images[i].float(), to_photo[rows], window, side, sizes[i]))
+    of_image = defaultdict(list)
+    for row, key in enumerate(zip(image_index.tolist(), count_samples(pixels).tolist(), strict=True)):
+        of_image[key].append(row)
+    for (i, samples), its_rows in of_image.items():
+        height, width = sizes[i].tolist()
+        for rows in torch.tensor(its_rows).split(max(1, MAX_PIXELS // side ** 2)):
+            part, to_part = cut_out(images[i, :, :height, :width], to_photo[rows], window)
+            views[rows.to(views.device)] = to_bytes(sample_views(part[None].float(), to_part, window, side, samples))
     return views
+
+
+def cut_out(photo: Tensor, to_photo: Tensor, window: tuple) -> tuple[Tensor, Tensor]:
+    """The rectangle of a photograph (3, H, W) that the windows of some faces lie in, and template -> its pixels.
+
+    What is not looked at need not become floats. The rectangle ends where the photograph does or a pixel beyond what
+    is sampled, so its edges repeat only where the photograph's do.
+    """
+    x0, y0, x1, y1 = window
+    corners = torch.tensor([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]) - 0.5
+    points = (corners @ to_photo[:, :, :2].mT + to_photo[:, None, :, 2]).flatten(0, 1)
+    extent = torch.tensor([photo.shape[2], photo.shape[1]])
+    left, top = (points.amin(0).floor().long() - 1).clamp(min=0).minimum(extent - 1).tolist()
+    right, bottom = (points.amax(0).ceil().long() + 2).clamp(min=1).tolist()
+    moved = to_photo.clone()
+    moved[:, :, 2] -= torch.tensor([left, top])
+    return photo[:, top:bottom, left:right], moved
 
 
 def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLATE,
@@ -115,13 +129,18 @@ def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLA
     The crops show all of the template `shown` at any resolution R (112 as handed around, finer from the builder); the
     window is one of `template`, a checkpoint's own, to which the similarity between the two templates leads.
     """
-    M = invert_similarity(fit_similarity(torch.tensor([shown]), torch.tensor(template)))[0].to(crops.device)
+    to_crop = invert_similarity(fit_similarity(torch.tensor([shown]), torch.tensor(template)))
     scale = crops.shape[-1] / TEMPLATE_SIZE
-    k = max(1, math.ceil(scale * (window[2] - window[0]) / side))
-    points = (window_points(window, side * k, crops.device) @ M[:, :2].T + M[:, 2] + 0.5) * scale - 0.5
-    sizes = torch.tensor(crops.shape[2:], device=crops.device).expand(len(crops), 2)
-    views = sample_bilinear(crops.float(), points.expand(len(crops), -1, -1, -1), sizes)
-    return to_bytes(F.avg_pool2d(views, k) if k > 1 else views)
+    to_crop = template_pixels(to_crop, scale)
+    samples = count_samples(torch.tensor(scale * (window[2] - window[0]) / side)).item()
+    return to_bytes(sample_views(crops.float(), to_crop, window, side, samples))
+
+
+def template_pixels(to_template: Tensor, scale: float) -> Tensor:
+    """Transforms (n, 2, 3) to template coordinates -> to pixels of crops that show the template `scale` times as fine."""
+    moved = to_template * scale
+    moved[:, :, 2] += (scale - 1) / 2
+    return moved
 
 
 def to_bytes(views: Tensor) -> Tensor:

@@ -1,49 +1,61 @@
 """What validation says of a classifier's confidence: logits -> calibrated probabilities, thresholds, sets of labels."""
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FOLDS = 5
-RIDGE = 1.0                 # pulls slope to 1 and biases to 0 as one face would: settles separable or tiny samples
+RIDGE = 1.0                 # pulls slope to 1, the rest to 0 as one face would: settles separable or tiny samples
 
 
 @dataclass
 class Calibration:
     """What validation said of a classifier: how to turn logits into probabilities, and how it errs.
 
-    probs = softmax(logits / temperature + bias). val_probs (n, C) float32 are such probabilities of the n
-    validation faces and val_labels (n,) int64 their labels; confusion matrix, confidence tables, thresholds and
-    group shares all follow from the two.
+    probs = softmax(logits * (1 / temperature + curve * margin) + bias), the margin of a face being how far its largest
+    logit lies above its second. val_probs (n, C) float32 are such probabilities of the n validation faces and
+    val_labels (n,) int64 their labels; confusion matrix, confidence tables, thresholds and group shares all follow from
+    the two.
     """
     temperature: float
     bias: tuple[float, ...]
     val_probs: Tensor
     val_labels: Tensor
+    curve: float = 0.0
 
     def probs(self, logits: Tensor) -> Tensor:
         """logits (n, C) -> calibrated probabilities (n, C) float32."""
-        bias = torch.tensor(self.bias, device=logits.device)
-        return (logits.float() / self.temperature + bias).softmax(1)
+        bias, logits = torch.tensor(self.bias, device=logits.device), logits.float()
+        return (logits * (1 / self.temperature + self.curve * margins(logits)) + bias).softmax(1)
+
+
+def margins(logits: Tensor) -> Tensor:
+    """(n, 1): by how much each face's largest logit exceeds its second."""
+    best = logits.topk(min(2, logits.shape[1]), 1).values
+    return best[:, :1] - best[:, -1:]
 
 
 def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
-    """Temperature, and a bias per class where that predicts better, from validation logits (n, C) and labels (n,).
+    """Temperature, its curve over the margin and a bias per class, from validation logits (n, C) and labels (n,).
 
     Bias-corrected temperature scaling (Alexandari, Kundaje, Shrikumar, "Maximum likelihood with bias-corrected
-    calibration is hard-to-beat at label shift adaptation", 2020), fitted by Newton's method in float64 on the CPU:
-    the same numbers on every machine. The biases stay where they lower the likelihood loss of faces left out of
-    the fit. val_probs are those of the left-out faces: each face's probabilities come from the other four fifths,
-    so thresholds and error model are not told better of the classifier than a stranger's faces would tell.
+    calibration is hard-to-beat at label shift adaptation", 2020) and a term that no single temperature has: label
+    smoothing and mixup hold the largest logits down, so that a network trained with them is too sure in the middle and
+    not sure enough at the top. Fitted by Newton's method in float64 on the CPU: the same numbers on every machine.
+    Curve and biases stay where they lower the likelihood loss of faces left out of the fit. val_probs are those of the
+    left-out faces: each face's probabilities come from the other four fifths, so thresholds and error model are not
+    told better of the classifier than a stranger's faces would tell.
     Raises ValueError for fewer than 2 faces, a label without a column, or logits that are not finite.
     """
     logits, labels = logits.detach().double().cpu(), labels.detach().long().cpu()
     check_labelled(logits, labels)
     folds = stratified_folds(labels, FOLDS)
-    held_out = {with_bias: held_out_log_probs(logits, labels, folds, with_bias) for with_bias in (False, True)}
-    with_bias = mean_nll(held_out[True], labels) < mean_nll(held_out[False], labels)
-    slope, bias = fit_slope_and_bias(logits, labels, with_bias)
-    return Calibration(1 / slope, tuple(bias.tolist()), held_out[with_bias].exp().float(), labels)
+    held_out = {terms: held_out_log_probs(logits, labels, folds, terms)
+                for terms in itertools.product((False, True), repeat=2)}
+    terms = min(held_out, key=lambda terms: mean_nll(held_out[terms], labels))
+    slope, curve, bias = fit_terms(logits, labels, *terms)
+    return Calibration(1 / slope, tuple(bias.tolist()), held_out[terms].exp().float(), labels, curve)
 
 
 def check_labelled(values: Tensor, labels: Tensor) -> None:
@@ -67,13 +79,13 @@ def stratified_folds(labels: Tensor, n_folds: int) -> Tensor:
     return folds
 
 
-def held_out_log_probs(logits: Tensor, labels: Tensor, folds: Tensor, with_bias: bool) -> Tensor:
+def held_out_log_probs(logits: Tensor, labels: Tensor, folds: Tensor, terms: tuple[bool, bool]) -> Tensor:
     """Log-probabilities (n, C) of each face under the calibration fitted without its fold."""
     log_probs = torch.empty_like(logits)
     for fold in folds.unique():
         out = folds == fold
-        slope, bias = fit_slope_and_bias(logits[~out], labels[~out], with_bias)
-        log_probs[out] = (logits[out] * slope + bias).log_softmax(1)
+        slope, curve, bias = fit_terms(logits[~out], labels[~out], *terms)
+        log_probs[out] = (logits[out] * (slope + curve * margins(logits[out])) + bias).log_softmax(1)
     return log_probs
 
 
@@ -82,15 +94,31 @@ def mean_nll(log_probs: Tensor, labels: Tensor) -> float:
     return -log_probs.gather(1, labels[:, None]).mean().item()
 
 
-def fit_slope_and_bias(logits: Tensor, labels: Tensor, with_bias: bool) -> tuple[float, Tensor]:
-    """Maximum-likelihood slope (1 / temperature) and biases (C,), by damped Newton steps from slope 1.
+def fit_terms(logits: Tensor, labels: Tensor, with_curve: bool, with_bias: bool) -> tuple[float, float, Tensor]:
+    """Maximum-likelihood slope (1 / temperature), curve and biases (C,); logits (n, C) float64.
 
-    logits (n, C) float64. The loss is convex in (slope, bias), so the optimum is unique.
+    A curve below 0 would turn the order of the classes around at some margin: then there is none.
     """
-    n, n_classes = logits.shape
-    one_hot = torch.nn.functional.one_hot(labels, n_classes).double()
-    identity = torch.eye(n_classes, dtype=torch.float64).expand(n, -1, -1)
-    design = torch.cat([logits[:, :, None], identity], 2) if with_bias else logits[:, :, None]     # (n, C, k)
+    columns = [logits[:, :, None]]
+    if with_curve:
+        columns.append((logits * margins(logits))[:, :, None])
+    if with_bias:
+        columns.append(torch.eye(logits.shape[1], dtype=torch.float64).expand(len(logits), -1, -1))
+    theta = maximum_likelihood(torch.cat(columns, 2), labels)
+    if with_curve and theta[1] <= 0:
+        return fit_terms(logits, labels, False, with_bias)
+    slope = max(theta[0].item(), 1e-3)          # logits that point the wrong way: close to no confidence at all
+    curve = theta[1].item() if with_curve else 0.0
+    bias = theta[1 + with_curve:]
+    return slope, curve, bias - bias.mean() if with_bias else torch.zeros(logits.shape[1], dtype=torch.float64)
+
+
+def maximum_likelihood(design: Tensor, labels: Tensor) -> Tensor:
+    """Coefficients (k,) of the score design (n, C, k) @ coefficients, by damped Newton steps from (1, 0, ..., 0).
+
+    design float64. The loss is convex, so the optimum is unique.
+    """
+    one_hot = torch.nn.functional.one_hot(labels, design.shape[1]).double()
     rows = design.flatten(0, 1)
     start = torch.zeros(design.shape[2], dtype=torch.float64)
     start[0] = 1.0
@@ -112,9 +140,7 @@ def fit_slope_and_bias(logits: Tensor, labels: Tensor, with_bias: bool) -> tuple
         while size > 1e-6 and loss(theta - size * step) > loss(theta) + 1e-9:      # rounding is no ascent
             size /= 2
         theta = theta - size * step
-    slope = max(theta[0].item(), 1e-3)          # logits that point the wrong way: close to no confidence at all
-    bias = theta[1:] - theta[1:].mean() if with_bias else torch.zeros(n_classes, dtype=torch.float64)
-    return slope, bias
+    return theta
 
 
 def class_thresholds(calibration: Calibration, target_error: float) -> Tensor:

@@ -1,7 +1,7 @@
 """One file says everything needed to label a photograph: FaceSpec, weights and calibration <-> checkpoint.
 
     format 1 | spec: classes, template, window, input_size, mean, std, chip_size | arch
-    model (bare ResNet-18 keys, float16) | calibration: temperature, bias, val_probs, val_labels (or None)
+    model (bare ResNet-18 keys, float16) | calibration: temperature, curve, bias, val_probs, val_labels (or None)
     epoch, metrics, args, versions, for the reader
 
 Only tensors and plain Python values, so it loads with weights_only=True. Lightning checkpoints of the two PUBLISHED

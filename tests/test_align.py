@@ -12,8 +12,8 @@ from models.align import (
     crop_views,
     fit_similarity,
     invert_similarity,
-    sample_bilinear,
-    window_points,
+    sample_views,
+    template_pixels,
 )
 
 WINDOW = (14.0, 24.0, 98.0, 108.0)
@@ -122,7 +122,11 @@ def test_no_faces_give_an_empty_batch():
 
 def test_half_pixels():
     """Pixel centres are whole numbers, and a window's first view pixel lies half a view pixel inside its edge."""
-    ramp = torch.arange(10.0).expand(1, 3, 10, 10)
-    at = torch.tensor([[[[2.0, 5.0], [2.5, 0.0]]]])
-    assert torch.allclose(sample_bilinear(ramp, at, torch.tensor([[10, 10]]))[0, 0, 0], torch.tensor([2.0, 2.5]))
-    assert torch.allclose(window_points((14, 24, 98, 108), 84, torch.device("cpu"))[0, 0], torch.tensor([14.0, 24.0]))
+    ramp = torch.arange(112.0).expand(1, 3, 112, 112)
+    identity = torch.eye(2, 3)[None]
+    assert torch.allclose(sample_views(ramp, identity, (14, 24, 98, 108), 84)[0, 0, 0], torch.arange(14.0, 98.0))
+    moved = identity + torch.tensor([[0, 0, 0.5], [0, 0, 0]])
+    assert torch.allclose(sample_views(ramp, moved, (14, 24, 98, 108), 84, samples=3)[0, 0, 0],
+                          torch.arange(14.5, 98.0), atol=1e-4)
+    at = template_pixels(identity, 2.0)[0] @ torch.tensor([10.0, 20.0, 1.0])
+    assert at.tolist() == [20.5, 40.5]

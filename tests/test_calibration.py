@@ -9,7 +9,7 @@ from models.calibration import (
     class_thresholds,
     conformal_sets,
     fit_calibration,
-    fit_slope_and_bias,
+    fit_terms,
     stratified_folds,
 )
 
@@ -33,6 +33,24 @@ def test_known_temperature_and_biases_are_recovered():
     assert torch.allclose(probs.mean(0), torch.bincount(labels) / len(labels), atol=2e-3)     # as many as there are
 
 
+def test_curved_confidence_is_recovered():
+    """Logits as label smoothing leaves them: the larger the margin, the more they understate."""
+    true, labels = draw_faces(8_000)
+    margin = true.topk(2, 1).values.diff(dim=1).neg()
+    squeezed = true * 2 / (1 + (1 + 0.8 * margin).sqrt())       # margin m with m (1 + 0.2 m) that of the true logits
+    calibration = fit_calibration(squeezed, labels)
+    assert calibration.temperature == pytest.approx(1.0, rel=0.1) and calibration.curve == pytest.approx(0.2, rel=0.2)
+    straight = fit_terms(squeezed.double(), labels, with_curve=False, with_bias=False)[0] * squeezed
+    confidence = [probs.max(1).values for probs in (calibration.probs(squeezed), straight.softmax(1), true.softmax(1))]
+    assert (confidence[0] - confidence[2]).abs().mean() < 0.3 * (confidence[1] - confidence[2]).abs().mean()
+
+
+def test_a_curve_that_would_turn_the_order_around_is_left_out():
+    true, labels = draw_faces(8_000)
+    margin = true.topk(2, 1).values.diff(dim=1).neg()
+    assert fit_calibration(true * (1 + 0.3 * margin), labels).curve == 0
+
+
 def test_optimum_agrees_with_scipy():
     optimize = pytest.importorskip("scipy.optimize")
     logits, labels = draw_faces(400, temperature=1.4, bias=(0.5, 0.0, -0.5, 0.0))
@@ -44,7 +62,7 @@ def test_optimum_agrees_with_scipy():
         return nll.sum() + 0.5 * ((theta[0] - 1) ** 2 + (theta[1:] ** 2).sum())
 
     theirs = optimize.minimize(loss, np.array([1.0, 0, 0, 0, 0]), tol=1e-10).x
-    slope, bias = fit_slope_and_bias(logits.double(), labels, with_bias=True)
+    slope, _, bias = fit_terms(logits.double(), labels, with_curve=False, with_bias=True)
     assert slope == pytest.approx(theirs[0], abs=1e-4)
     assert bias.numpy() == pytest.approx(theirs[1:] - theirs[1:].mean(), abs=1e-4)
 
