@@ -137,7 +137,7 @@ def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLA
 
 
 def template_pixels(to_template: Tensor, scale: float) -> Tensor:
-    """Transforms (n, 2, 3) to template coordinates -> to pixels of crops that show the template `scale` times as fine."""
+    """Transforms (n, 2, 3) to template coordinates -> to pixels of crops that are `scale` times as fine."""
     moved = to_template * scale
     moved[:, :, 2] += (scale - 1) / 2
     return moved

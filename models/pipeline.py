@@ -82,8 +82,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 
 def chunk_size(n_files: int) -> int:
-    """Files of one chunk: a multiple of DECODE_BATCH, a 64th of the list, at most LARGEST_CHUNK."""
-    return min(LARGEST_CHUNK, -(-n_files // (64 * DECODE_BATCH)) * DECODE_BATCH)
+    """Files of one chunk: a multiple of DECODE_BATCH, a 32nd of the list, at most LARGEST_CHUNK."""
+    return min(LARGEST_CHUNK, -(-n_files // (32 * DECODE_BATCH)) * DECODE_BATCH)
 
 
 def count_chunks(n_files: int) -> int:

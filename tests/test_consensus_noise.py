@@ -1,0 +1,86 @@
+"""benchmarks/consensus_noise.py: the correlation it measures is the one put in, and its people are what they say."""
+import csv
+
+import numpy as np
+import pytest
+from conftest import draw_crop
+
+from benchmarks import consensus_noise
+from models.align import TEMPLATE
+from models.checkpoint import Checkpoint, save_checkpoint
+from models.classifier import FaceClassifier, FaceSpec
+
+CLASSES = ("White", "Black")
+
+
+def draw_votes(correlation: float, n_people: int = 600) -> np.ndarray:
+    """Votes of people of three classes, 8 or 15 pictures each."""
+    rng, votes = np.random.default_rng(0), []
+    means = np.array([[0.8, 0.1, 0.1], [0.05, 0.9, 0.05], [0.2, 0.1, 0.7]])
+    for k in range(n_people):
+        mean = means[k % 3]
+        shares = rng.dirichlet(mean * (1 - correlation) / correlation) if correlation else mean
+        votes.append(rng.multinomial(8 if k % 2 else 15, shares))
+    return np.array(votes)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.15, 0.3])
+def test_the_correlation_put_in_is_measured(correlation):
+    assert consensus_noise.vote_correlation(draw_votes(correlation)) == pytest.approx(correlation, abs=0.05)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.4])
+def test_made_up_people_are_of_one_class_and_share_no_picture(correlation):
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 900)
+    said = np.where(rng.random(900) < 0.8, labels, rng.integers(0, 3, 900))
+    people = consensus_noise.deal_people(said, labels, 3, 10, correlation, rng)
+    assert len(np.unique(people)) == people.size and people.shape == (sum(np.bincount(labels) // 10), 10)
+    assert (labels[people] == labels[people[:, :1]]).all()
+    right = (said[people] == labels[people]).mean(1)
+    expected = 0.87 * 0.13 * (1 / 10 + correlation * 9 / 10)            # variance of a mean of ten alike draws
+    assert right.var() == pytest.approx(expected, rel=0.4)
+
+
+def test_agreement_removes_independent_errors_and_keeps_common_ones():
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 3, 6000)
+    said = np.where(rng.random(6000) < 0.8, labels, rng.integers(0, 3, 6000))
+    errors = {}
+    for correlation in (0.0, 0.5):
+        people = consensus_noise.deal_people(said, labels, 3, 10, correlation, np.random.default_rng(3))
+        decision = consensus_noise.decide_people(said, people, 3, 0.8)
+        kept = decision >= 0
+        errors[correlation] = (decision[kept] != labels[people[kept, 0]]).mean()
+    assert errors[0.0] < 0.001 and errors[0.5] > 0.01, errors
+
+
+def test_the_command_writes_table_and_figure(tmp_path):
+    for split, n in (("train", 12), ("val", 4)):
+        for label, name in enumerate(CLASSES):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                draw_crop(label, i).save(folder / f"{i}.png")
+    spec = FaceSpec(CLASSES, TEMPLATE, (16, 30, 96, 110), 32)
+    save_checkpoint(tmp_path / "one.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
+    with open(tmp_path / "people.csv", "w") as file:
+        file.write("file,face,status,ethnicity,confidence\n")
+        file.writelines(f"p{k}/{i}.jpg,0,ok,{CLASSES[(k + (i > 3) * (k % 3 == 0)) % 2]},0.9\n" for k in range(6) for i in range(6))
+    consensus_noise.main(["--ckpt", str(tmp_path / "one.pt"), "--data", str(tmp_path / "data"), "--people",
+                          str(tmp_path / "people.csv"), "--per_person", "3", "--thresholds", "0.6", "--workers", "0",
+                          "--out_dir", str(tmp_path), "--device", "cpu"])
+    with open(tmp_path / "consensus_noise.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and float(rows[0]["correlation"]) == 0 < float(rows[1]["correlation"])
+    assert (tmp_path / "consensus_noise.png").stat().st_size > 10_000
+
+
+def test_a_table_of_nobody_is_a_line(tmp_path, capsys):
+    (tmp_path / "people.csv").write_text("file,face,status,ethnicity,confidence\na.jpg,0,ok,White,0.9\n")
+    spec = FaceSpec(CLASSES, TEMPLATE, (16, 30, 96, 110), 32)
+    save_checkpoint(tmp_path / "one.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
+    with pytest.raises(SystemExit) as stop:
+        consensus_noise.main(["--ckpt", str(tmp_path / "one.pt"), "--people", str(tmp_path / "people.csv"),
+                              "--out_dir", str(tmp_path)])
+    assert stop.value.code == 2 and "--people" in capsys.readouterr().err
