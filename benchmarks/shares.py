@@ -23,6 +23,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")             # one process per core, each with small matrices
@@ -243,6 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--ckpt {args.ckpt}: {error}")
     if checkpoint.calibration is None:
         parser.error(f"--ckpt {args.ckpt}: it has no calibration; evaluate.py --calibrate makes it")
+    if args.quapy and find_spec("quapy") is None:
+        parser.error("--quapy: it is not installed (pip install quapy)")
     classes, calibration = checkpoint.spec.classes, checkpoint.calibration
     out_dir = cli.output_folder(parser, "--out_dir", args.out_dir)
     sets = {"val": (calibration.val_probs.numpy(), calibration.val_labels.numpy()),

@@ -66,7 +66,8 @@ def test_the_command_writes_table_and_figure(tmp_path):
     save_checkpoint(tmp_path / "one.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
     with open(tmp_path / "people.csv", "w") as file:
         file.write("file,face,status,ethnicity,confidence\n")
-        file.writelines(f"p{k}/{i}.jpg,0,ok,{CLASSES[(k + (i > 3) * (k % 3 == 0)) % 2]},0.9\n" for k in range(6) for i in range(6))
+        file.writelines(f"p{k}/{i}.jpg,0,ok,{CLASSES[(k + (i > 3 and k % 3 == 0)) % 2]},0.9\n"
+                        for k in range(6) for i in range(6))
     consensus_noise.main(["--ckpt", str(tmp_path / "one.pt"), "--data", str(tmp_path / "data"), "--people",
                           str(tmp_path / "people.csv"), "--per_person", "3", "--thresholds", "0.6", "--workers", "0",
                           "--out_dir", str(tmp_path), "--device", "cpu"])
