@@ -56,18 +56,27 @@ class Row:
 
 
 class Labeller:
-    """The networks of one checkpoint, ready for inference on a device: views -> probabilities."""
+    """The network of one checkpoint, ready for inference on a device: views -> probabilities.
+
+    Its convolutions are bfloat16 on a CPU that multiplies matrices of it (AMX), three times as fast as float32:
+    probabilities differ by at most 0.015 and labels of near-ties alone. Elsewhere on a CPU bfloat16 is the slower one.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
         self.network = fold_batch_norm(checkpoint.classifier(device)).to(memory_format=torch.channels_last)
+        self.half = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        for module in self.network.modules() if self.half else ():
+            if isinstance(module, nn.Conv2d):
+                module.bfloat16()                               # once, not with every batch
 
     @torch.inference_mode()
     def probs(self, views: Tensor, flip: bool = False) -> Tensor:
         """views (n, 3, S, S) uint8 -> probabilities (n, C) float32 on the CPU; n may be 0."""
-        logits = self.network(views)
-        if flip:
-            logits = (logits + self.network(views.flip(3))) / 2
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits = self.network(views).float()
+            if flip:
+                logits = (logits + self.network(views.flip(3)).float()) / 2
         return self.checkpoint.probs(logits).cpu()
 
 

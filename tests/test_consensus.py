@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import draw_crop
 
+from benchmarks import consensus_scale
 from facesets import consensus
 from facesets.consensus import main
 from models.align import TEMPLATE, WHOLE
@@ -236,3 +237,10 @@ def test_results_are_not_replaced_unasked(tmp_path, capsys):
         run(table, tmp_path / "out")
     assert stopped.value.code == 2 and "--overwrite" in capsys.readouterr().err
     assert run(table, tmp_path / "out", "--overwrite") == before
+
+
+def test_the_benchmark_of_scale_agrees_with_the_plain_votes(tmp_path):
+    consensus_scale.main(["--rows", "6000", "--checked", "3000", "--folder", str(tmp_path), "--out",
+                          str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["people_checked"] > 100 and figures["people_differing"] == 0

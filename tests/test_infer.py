@@ -174,13 +174,14 @@ def test_probabilities_are_those_of_the_plain_network(tmp_path, ckpt, crops):
     rows = run(tmp_path, ckpt, source=crops)
     checkpoint = load_checkpoint(ckpt)
     spec = checkpoint.spec
+    apart = 0.005 if Labeller(checkpoint, torch.device("cpu")).half else 2e-6
     for row in rows[:5]:
         crop = torch.from_numpy(np.array(Image.open(crops / row["file"]))).permute(2, 0, 1)[None]
         with torch.inference_mode():
             logits = checkpoint.classifier(torch.device("cpu"))(crop_views(crop, spec.window, spec.input_size))
         probs = checkpoint.probs(logits)[0].tolist()
-        assert [float(row[f"p_{name}"]) for name in CLASSES] == pytest.approx(probs, abs=2e-6)
-        assert float(row["confidence"]) == pytest.approx(max(probs), abs=2e-6)
+        assert [float(row[f"p_{name}"]) for name in CLASSES] == pytest.approx(probs, abs=apart)
+        assert float(row["confidence"]) == pytest.approx(max(probs), abs=apart)
         assert row["ethnicity"] == CLASSES[int(np.argmax(probs))].replace(" ", "_")
 
 

@@ -17,8 +17,10 @@ import train
 import utk_dataset_builder
 from models.align import CHIP_LANDMARKS, TEMPLATE, align_faces, fit_similarity
 from models.checkpoint import load_checkpoint
+from models.faceset import align_set
 from models.images import list_images, load_photos
 from models.mtcnn import MTCNN
+from models.pipeline import Labeller
 
 pytestmark = pytest.mark.real
 CKPT = ROOT / infer.CKPT
@@ -118,6 +120,26 @@ def test_shipped_checkpoint_reaches_its_stated_figure(report, labelled_sets, tmp
     assert wanted["checkpoint"] == ckpt and figures["n"] == wanted["n"]
     assert figures["accuracy"] >= wanted["accuracy"] - 0.005
     assert f"{100 * wanted['accuracy']:.2f} %" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("ckpt", ["resnet18_general.pt", "resnet18_utk.pt"])
+def test_labels_of_infer_are_those_of_the_float32_network(ckpt, faces_data, tmp_path):
+    """Real faces: >= 99.8 % of the labels, probabilities within 0.02, and what differs is a near-tie."""
+    chips = [str(path) for path in unpack(faces_data / "UTKFace.tar", tmp_path, every=15)]
+    checkpoint = load_checkpoint(ROOT / "checkpoints" / ckpt)
+    spec, network = checkpoint.spec, checkpoint.classifier(torch.device("cpu"))
+    labeller = Labeller(checkpoint, torch.device("cpu"))
+    views = torch.cat([batch.views for batch in align_set(chips, False, MTCNN(min_face_size=40), spec.window,
+                                                          spec.input_size)])
+    fast = torch.cat([labeller.probs(some) for some in views.split(64)])
+    with torch.inference_mode():
+        plain = torch.cat([checkpoint.probs(network(some)) for some in views.split(64)])
+    best = plain.topk(2, 1)
+    different = fast.argmax(1) != best.indices[:, 0]
+    print(f"{ckpt}: {int(different.sum())} other labels of {len(views)}, probabilities up to "
+          f"{(fast - plain).abs().max():.4f} apart")
+    assert len(views) == len(chips) and different.float().mean() <= 0.002
+    assert (fast - plain).abs().max() <= 0.02 and (best.values[different].diff(dim=1).abs() <= 0.04).all()
 
 
 def black_outside_chip(images: torch.Tensor, image_index: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
