@@ -196,7 +196,7 @@ def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generat
 def random_colour(views: Tensor, generator: torch.Generator) -> Tensor:
     """Brightness, contrast, saturation and white balance of each picture, one in fourteen grey.
 
-    All four are one 3 x 3 matrix and a shift per picture, so its pixels are gone through once.
+    All four together are one 3 x 3 matrix and a shift per picture.
     """
     n = len(views)
     saturation = uniform(n, 0.6, 1.4, generator)
@@ -389,8 +389,8 @@ def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """average <- decay * average + (1 - decay) * model, over weights and batch-norm statistics alike.
 
-    In every AVERAGE_EVERY-th step, by so many steps' decay. Early on the decay is (step + 1) / (step + 10), so that the
-    random start is forgotten.
+    In every AVERAGE_EVERY-th step, by so many steps' decay. In the first thousand steps the decay of an update is
+    (step + 1) / (step + 10), so that the random start is forgotten.
     """
     if step % AVERAGE_EVERY:
         return

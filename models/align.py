@@ -20,7 +20,7 @@ WHOLE = (0.0, 0.0, 112.0, 112.0)
 # (69.7, 141.2), (133.6, 141.3).
 CHIP_LANDMARKS = ((59.6, 57.6), (138.1, 57.7), (98.2, 103.8), (63.9, 138.5), (133.2, 138.4))
 LARGEST_STEP = 1.25             # pixels of a picture between two samples of it
-MAX_PIXELS = 4_000_000          # of the views made at once: bounds memory at about 100 MB
+MAX_PIXELS = 4_000_000          # of the views made at once: bounds memory at about 200 MB
 
 
 def fit_similarity(src: Tensor, dst: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, sam
     Returns (n, 3, side, side) float32. The half-pixel shift of grid_sample is made here alone.
     """
     x0, y0, x1, y1 = window
-    n, device = max(len(images), len(to_image)), to_image.device
+    n, device = len(images) if len(to_image) == 1 else len(to_image), to_image.device
     half = torch.tensor([(x1 - x0) / 2, (y1 - y0) / 2], device=device)
     centre = torch.tensor([(x0 + x1) / 2 - 0.5, (y0 + y1) / 2 - 0.5], device=device)
     extent = torch.tensor([images.shape[3], images.shape[2]], device=device)
@@ -70,16 +70,17 @@ def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, sam
     for offset in offsets.unbind(1):
         views += F.grid_sample(images.expand(n, -1, -1, -1), grid + offset[:, None, None], mode="bilinear",
                                padding_mode="border", align_corners=False)
-    return views / samples ** 2
+    return views.div_(samples ** 2)
 
 
-def count_samples(pixels: Tensor) -> Tensor:
-    """Samples along a side of a view's pixel that covers so many pixels of a picture: none two are LARGEST_STEP apart.
+def count_samples(to_image: Tensor, window: tuple, side: int) -> list[int]:
+    """Samples along a side of each view's pixel, so many that no two lie more than LARGEST_STEP apart.
 
-    A bilinear sample takes in the pixels around it, so nothing between two of them is skipped: shrinking does not
-    alias.
+    to_image (n, 2, 3), template -> pixels of the picture. A bilinear sample takes in the pixels around it, so nothing
+    between two of them is skipped: shrinking does not alias.
     """
-    return (pixels / LARGEST_STEP).ceil().clamp(1, 64).long()
+    pixels = torch.linalg.vector_norm(to_image[:, :, 0], dim=1) * ((window[2] - window[0]) / side)
+    return (pixels / LARGEST_STEP).ceil().clamp(1, 64).long().tolist()
 
 
 def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: Tensor, window: tuple,
@@ -92,10 +93,9 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     Returns views (n, 3, side, side) uint8; n may be 0. What lies outside a photograph repeats its edge.
     """
     to_photo = invert_similarity(fit_similarity(landmarks.cpu(), torch.tensor(template)))
-    pixels = torch.linalg.vector_norm(to_photo[:, :, 0], dim=1) * (window[2] - window[0]) / side
     views = torch.empty(len(landmarks), 3, side, side, dtype=torch.uint8, device=images.device)
     of_image = defaultdict(list)
-    for row, key in enumerate(zip(image_index.tolist(), count_samples(pixels).tolist(), strict=True)):
+    for row, key in enumerate(zip(image_index.tolist(), count_samples(to_photo, window, side), strict=True)):
         of_image[key].append(row)
     for (i, samples), its_rows in of_image.items():
         height, width = sizes[i].tolist()
@@ -130,10 +130,8 @@ def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLA
     window is one of `template`, a checkpoint's own, to which the similarity between the two templates leads.
     """
     to_crop = invert_similarity(fit_similarity(torch.tensor([shown]), torch.tensor(template)))
-    scale = crops.shape[-1] / TEMPLATE_SIZE
-    to_crop = template_pixels(to_crop, scale)
-    samples = count_samples(torch.tensor(scale * (window[2] - window[0]) / side)).item()
-    return to_bytes(sample_views(crops.float(), to_crop, window, side, samples))
+    to_crop = template_pixels(to_crop, crops.shape[-1] / TEMPLATE_SIZE)
+    return to_bytes(sample_views(crops.float(), to_crop, window, side, *count_samples(to_crop, window, side)))
 
 
 def template_pixels(to_template: Tensor, scale: float) -> Tensor:

@@ -44,8 +44,8 @@ def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
     smoothing and mixup hold the largest logits down, so that a network trained with them is too sure in the middle and
     not sure enough at the top. Fitted by Newton's method in float64 on the CPU: the same numbers on every machine.
     Curve and biases stay where they lower the likelihood loss of faces left out of the fit. val_probs are those of the
-    left-out faces: each face's probabilities come from the other four fifths, so thresholds and error model are not
-    told better of the classifier than a stranger's faces would tell.
+    left-out faces: each face's probabilities come from the other four fifths, so thresholds and error model are
+    hardly told better of the classifier than a stranger's faces would tell.
     Raises ValueError for fewer than 2 faces, a label without a column, or logits that are not finite.
     """
     logits, labels = logits.detach().double().cpu(), labels.detach().long().cpu()
@@ -97,7 +97,8 @@ def mean_nll(log_probs: Tensor, labels: Tensor) -> float:
 def fit_terms(logits: Tensor, labels: Tensor, with_curve: bool, with_bias: bool) -> tuple[float, float, Tensor]:
     """Maximum-likelihood slope (1 / temperature), curve and biases (C,); logits (n, C) float64.
 
-    A curve below 0 would turn the order of the classes around at some margin: then there is none.
+    A curve below 0, or a slope below it, would turn the order of the classes around at some margin: then there is no
+    curve, and the slope of logits that point the wrong way is one of almost no confidence.
     """
     columns = [logits[:, :, None]]
     if with_curve:
@@ -105,12 +106,11 @@ def fit_terms(logits: Tensor, labels: Tensor, with_curve: bool, with_bias: bool)
     if with_bias:
         columns.append(torch.eye(logits.shape[1], dtype=torch.float64).expand(len(logits), -1, -1))
     theta = maximum_likelihood(torch.cat(columns, 2), labels)
-    if with_curve and theta[1] <= 0:
+    if with_curve and theta[:2].min() <= 0:
         return fit_terms(logits, labels, False, with_bias)
-    slope = max(theta[0].item(), 1e-3)          # logits that point the wrong way: close to no confidence at all
     curve = theta[1].item() if with_curve else 0.0
-    bias = theta[1 + with_curve:]
-    return slope, curve, bias - bias.mean() if with_bias else torch.zeros(logits.shape[1], dtype=torch.float64)
+    bias = theta[1 + with_curve:] if with_bias else torch.zeros(logits.shape[1], dtype=torch.float64)
+    return max(theta[0].item(), 1e-3), curve, bias - bias.mean()
 
 
 def maximum_likelihood(design: Tensor, labels: Tensor) -> Tensor:

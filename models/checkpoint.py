@@ -7,6 +7,7 @@
 Only tensors and plain Python values, so it loads with weights_only=True. Lightning checkpoints of the two PUBLISHED
 layouts are read too, uncalibrated; what they hold beside tensors and plain values is passed over, never run.
 """
+import math
 import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,18 +100,28 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"its arch is {content.get('arch')!r}, wanted 'resnet18'")
     spec = read_spec(content.get("spec"))
     model = read_weights(spec, content.get("model"))
-    calibration = read_calibration(content.get("calibration"))
+    calibration = read_calibration(content.get("calibration"), len(spec.classes))
     about = {key: value for key, value in content.items()
              if key not in ("format", "spec", "arch", "model", "calibration")}
     return Checkpoint(spec, model, calibration, about)
 
 
-def read_calibration(fields) -> Calibration | None:
+def read_calibration(fields, n_classes: int) -> Calibration | None:
     """The Calibration in a checkpoint, if it holds one. Raises CheckpointError."""
+    if not fields:
+        return None
     try:
-        return Calibration(**fields) if fields else None
-    except TypeError as error:
+        calibration = Calibration(**fields)
+        numbers = [float(value) for value in (calibration.temperature, calibration.curve, *calibration.bias)]
+        n_faces, n_columns = calibration.val_probs.shape
+        labels = calibration.val_labels.shape
+    except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"its calibration is not this project's ({error})") from None
+    if (not all(map(math.isfinite, numbers)) or numbers[0] <= 0 or numbers[1] < 0 or labels != (n_faces,)
+            or not len(calibration.bias) == n_columns == n_classes):
+        raise CheckpointError(f"its calibration is none of {n_classes} classes: temperature {numbers[0]}, curve "
+                              f"{numbers[1]}, {len(calibration.bias)} biases, probabilities {n_faces} x {n_columns}")
+    return calibration
 
 
 def read_lightning(content: dict) -> Checkpoint:

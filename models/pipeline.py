@@ -58,25 +58,29 @@ class Row:
 class Labeller:
     """The network of one checkpoint, ready for inference on a device: views -> probabilities.
 
-    Its convolutions are bfloat16 on a CPU that multiplies matrices of it (AMX), three times as fast as float32:
-    probabilities differ by at most 0.015 and labels of near-ties alone. Elsewhere on a CPU bfloat16 is the slower one.
+    Its convolutions are bfloat16 on a CPU that multiplies matrices of it (AMX), where that is four times as fast as
+    float32; on other CPUs it is slower. Input and last layer stay float32: logits of 8 bits would make different faces
+    look like repeated pictures. docs/performance.md has how far the answers differ.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
         self.network = fold_batch_norm(checkpoint.classifier(device)).to(memory_format=torch.channels_last)
-        self.half = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
-        for module in self.network.modules() if self.half else ():
-            if isinstance(module, nn.Conv2d):
-                module.bfloat16()                               # once, not with every batch
+        self.bfloat16 = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        if self.bfloat16:
+            backbone = self.network.backbone
+            backbone.conv1.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),))
+            backbone.fc.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            for module in backbone.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.bfloat16()
 
     @torch.inference_mode()
     def probs(self, views: Tensor, flip: bool = False) -> Tensor:
         """views (n, 3, S, S) uint8 -> probabilities (n, C) float32 on the CPU; n may be 0."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits = self.network(views).float()
-            if flip:
-                logits = (logits + self.network(views.flip(3)).float()) / 2
+        logits = self.network(views)
+        if flip:
+            logits = (logits + self.network(views.flip(3))) / 2
         return self.checkpoint.probs(logits).cpu()
 
 

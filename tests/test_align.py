@@ -114,7 +114,20 @@ def test_padding_of_the_batch_is_never_seen_and_edges_repeat():
     assert (views == 200).all()
 
 
+@pytest.mark.parametrize("at", [(-70, -60), (150, -50), (-60, 140), (170, 150), (-400, 20), (30, 500)])
+def test_faces_across_and_beyond_the_edges(at):
+    """A picture of noise, and the same with its edges repeated far out, give one view: at sides, corners, outside."""
+    photo = torch.randint(0, 256, (1, 3, 150, 190), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    wide = torch.nn.functional.pad(photo.float(), (700,) * 4, mode="replicate").byte()
+    landmarks = apply(similarity(0.3, 1.4, *at), POINTS)[None]
+    first = torch.zeros(1, dtype=torch.int64)
+    views = align_faces(photo, torch.tensor([[150, 190]]), first, landmarks, WINDOW, 96)
+    wanted = align_faces(wide, torch.tensor([wide.shape[2:]]), first, landmarks + 700, WINDOW, 96)
+    assert (views.int() - wanted.int()).abs().max() <= 2
+
+
 def test_no_faces_give_an_empty_batch():
+    assert crop_views(torch.zeros(0, 3, 112, 112, dtype=torch.uint8), WINDOW, 96).shape == (0, 3, 96, 96)
     views = align_faces(torch.zeros(1, 3, 9, 9, dtype=torch.uint8), torch.tensor([[9, 9]]),
                         torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, 2), WINDOW, 96)
     assert views.shape == (0, 3, 96, 96) and views.dtype == torch.uint8

@@ -77,7 +77,7 @@ def test_plain_and_batched_classification_agree(tmp_path, ckpt):
     baseline.label_crops(sorted(crops.iterdir()), plain, baseline.PlainClassifier(bench.checkpoint))
     found = run.same_labels(ours, plain)
     assert (found["files"], found["faces"], found["other_status"]) == (5, 5, 0)
-    assert found["largest_difference"] < (0.005 if labeller.half else 1e-4)
+    assert found["largest_difference"] < (0.005 if labeller.bfloat16 else 1e-4)
     assert all(bar.met for bar in run.agreement_bars("drawn", found))
 
 
@@ -88,7 +88,7 @@ def test_one_view_alone_and_in_a_batch(ckpt):
     together = labeller.probs(views)
     plain = baseline.PlainClassifier(checkpoint)
     alone = torch.tensor([plain.probs(view) for view in views])
-    torch.testing.assert_close(together, alone, rtol=0, atol=0.005 if labeller.half else 1e-4)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0.005 if labeller.bfloat16 else 1e-4)
 
 
 @pytest.mark.real

@@ -45,6 +45,12 @@ def test_curved_confidence_is_recovered():
     assert (confidence[0] - confidence[2]).abs().mean() < 0.3 * (confidence[1] - confidence[2]).abs().mean()
 
 
+def test_logits_that_point_the_wrong_way_give_almost_no_confidence():
+    true, labels = draw_faces(2_000)
+    calibration = fit_calibration(-true, labels)
+    assert calibration.curve == 0 and calibration.temperature > 100
+
+
 def test_a_curve_that_would_turn_the_order_around_is_left_out():
     true, labels = draw_faces(8_000)
     margin = true.topk(2, 1).values.diff(dim=1).neg()

@@ -1,5 +1,6 @@
 """benchmarks/consensus_noise.py: the correlation it measures is the one put in, and its people are what they say."""
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,14 +33,25 @@ def test_the_correlation_put_in_is_measured(correlation):
 @pytest.mark.parametrize("correlation", [0.0, 0.4])
 def test_made_up_people_are_of_one_class_and_share_no_picture(correlation):
     rng = np.random.default_rng(1)
-    labels = rng.integers(0, 3, 900)
-    said = np.where(rng.random(900) < 0.8, labels, rng.integers(0, 3, 900))
+    labels = rng.integers(0, 3, 12_000)
+    said = np.where(rng.random(12_000) < 0.8, labels, rng.integers(0, 3, 12_000))
     people = consensus_noise.deal_people(said, labels, 3, 10, correlation, rng)
-    assert len(np.unique(people)) == people.size and people.shape == (sum(np.bincount(labels) // 10), 10)
+    assert len(np.unique(people)) == people.size and people.shape[1] == 10 and 590 <= len(people) <= 600
     assert (labels[people] == labels[people[:, :1]]).all()
+    assert consensus_noise.dealt_correlation(said, labels, people, 3) == pytest.approx(correlation, abs=0.05)
     right = (said[people] == labels[people]).mean(1)
     expected = 0.87 * 0.13 * (1 / 10 + correlation * 9 / 10)            # variance of a mean of ten alike draws
-    assert right.var() == pytest.approx(expected, rel=0.4)
+    assert right.var() == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("flags, named", [(["--per_person", "40"], "--per_person 40"),
+                                          (["--correlation", "1"], "--correlation 1")])
+def test_what_cannot_be_dealt_is_a_line(tmp_path, capsys, flags, named):
+    make_set(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        consensus_noise.main(["--ckpt", str(tmp_path / "one.pt"), "--data", str(tmp_path / "data"), "--workers", "0",
+                              "--out_dir", str(tmp_path), "--device", "cpu", *flags])
+    assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
 def test_agreement_removes_independent_errors_and_keeps_common_ones():
@@ -55,15 +67,20 @@ def test_agreement_removes_independent_errors_and_keeps_common_ones():
     assert errors[0.0] < 0.001 and errors[0.5] > 0.01, errors
 
 
-def test_the_command_writes_table_and_figure(tmp_path):
+def make_set(folder: Path) -> None:
+    """data/, a small set of drawn faces, and one.pt, a classifier that knows nothing."""
     for split, n in (("train", 12), ("val", 4)):
         for label, name in enumerate(CLASSES):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
+            place = folder / "data" / split / name
+            place.mkdir(parents=True)
             for i in range(n):
-                draw_crop(label, i).save(folder / f"{i}.png")
+                draw_crop(label, i).save(place / f"{i}.png")
     spec = FaceSpec(CLASSES, TEMPLATE, (16, 30, 96, 110), 32)
-    save_checkpoint(tmp_path / "one.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
+    save_checkpoint(folder / "one.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
+
+
+def test_the_command_writes_table_and_figure(tmp_path):
+    make_set(tmp_path)
     with open(tmp_path / "people.csv", "w") as file:
         file.write("file,face,status,ethnicity,confidence\n")
         file.writelines(f"p{k}/{i}.jpg,0,ok,{CLASSES[(k + (i > 3 and k % 3 == 0)) % 2]},0.9\n"

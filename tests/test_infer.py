@@ -174,7 +174,7 @@ def test_probabilities_are_those_of_the_plain_network(tmp_path, ckpt, crops):
     rows = run(tmp_path, ckpt, source=crops)
     checkpoint = load_checkpoint(ckpt)
     spec = checkpoint.spec
-    apart = 0.005 if Labeller(checkpoint, torch.device("cpu")).half else 2e-6
+    apart = 0.005 if Labeller(checkpoint, torch.device("cpu")).bfloat16 else 2e-6
     for row in rows[:5]:
         crop = torch.from_numpy(np.array(Image.open(crops / row["file"]))).permute(2, 0, 1)[None]
         with torch.inference_mode():
