@@ -146,7 +146,7 @@ def dealt_correlation(said: np.ndarray, labels: np.ndarray, people: np.ndarray, 
         n = people.shape[1]
         agreed += len(mine) * (votes * (votes - 1)).sum(1).mean() / (n * (n - 1))
         chance += len(mine) * (votes.sum(0) / votes.sum() @ (votes.sum(0) / votes.sum()))
-    return (agreed - chance) / (len(people) - chance)
+    return (agreed - chance) / max(len(people) - chance, 1e-12)          # 0 where all pictures get one label
 
 
 def fit_to_piles(wanted: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
