@@ -50,12 +50,12 @@ def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.nda
 
     *Intervals.* A replicate draws a composition near the estimated one, then for each class as many validation faces
     as it says: a collection whose true shares are known. The validation faces are drawn anew too, class by class, and
-    the estimator corrects the one by the other. What it misses by makes the interval, laid about the estimate *before*
-    it is forced onto the simplex, then cut at 0 and 1. For two reasons. An interval for the *source*, which resampling
-    the rows of `probs` would give, is too wide for the faces at hand: it held their shares in 160 of 160 simulated cases.
-    And an estimate on the simplex piles up at 0 for an absent class, where its percentiles mean little; unconstrained,
-    it errs to both sides of the border as it does inside. Coverage of the default over random validation and test halves
-    of UTKFace (benchmarks/shares.py): 95.7, 94.2 and 96.0 % at 200, 1,000 and 5,000 faces.
+    the estimator corrects the one by the other. What it misses by makes the interval, laid about the estimate
+    *before* it is forced onto the simplex, then cut at 0 and 1. For two reasons. An interval for the *source*, which
+    resampling the rows of `probs` would give, is too wide for the faces at hand: it held their shares in 160 of 160
+    simulated cases. And an estimate on the simplex piles up at 0 for an absent class, where its percentiles mean
+    little; unconstrained, it errs to both sides of the border as it does inside. Coverage of the default over random
+    validation and test halves of UTKFace (benchmarks/shares.py): 95.7, 94.2 and 96.0 % at 200, 1,000 and 5,000 faces.
 
     *Repeated pictures* (rows equal to the last digit) err together, so they count for the estimate as often as they
     are there, and for its uncertainty as the one picture they are. Rows rounded to six decimals or fewer are never
