@@ -33,10 +33,11 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from evaluate import open_checkpoint, open_faceset  # noqa: E402
 from facesets.consensus import Votes, decide  # noqa: E402
 from models import cli  # noqa: E402
-from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint  # noqa: E402
-from models.faceset import FaceSetError, align_set, read_faceset  # noqa: E402
+from models.checkpoint import Checkpoint  # noqa: E402
+from models.faceset import align_set  # noqa: E402
 from models.mtcnn import MTCNN  # noqa: E402
 from models.pipeline import read_predictions  # noqa: E402
 from models.ranks import moved_in  # noqa: E402
@@ -137,15 +138,19 @@ def deal_people(said: np.ndarray, labels: np.ndarray, n_classes: int, per_person
     return np.array(people)
 
 
+def votes_of(said: np.ndarray, people: np.ndarray, n_classes: int) -> np.ndarray:
+    """Votes (P, C) of made-up people, whose pictures are people (P, per_person)."""
+    return np.stack([(said[people] == c).sum(1) for c in range(n_classes)], 1)
+
+
 def dealt_correlation(said: np.ndarray, labels: np.ndarray, people: np.ndarray, n_classes: int) -> float:
     """Correlation between two votes of a made-up person, whose class is known: by how many pairs agree."""
     agreed, chance = 0.0, 0.0
     for label in range(n_classes):
-        mine = people[labels[people[:, 0]] == label]
-        votes = np.stack([(said[mine] == c).sum(1) for c in range(n_classes)], 1)
-        n = people.shape[1]
-        agreed += len(mine) * (votes * (votes - 1)).sum(1).mean() / (n * (n - 1))
-        chance += len(mine) * (votes.sum(0) / votes.sum() @ (votes.sum(0) / votes.sum()))
+        votes = votes_of(said, people[labels[people[:, 0]] == label], n_classes)
+        n, shares = people.shape[1], votes.sum(0) / votes.sum()
+        agreed += (votes * (votes - 1)).sum() / (n * (n - 1))
+        chance += len(votes) * (shares @ shares)
     return (agreed - chance) / max(len(people) - chance, 1e-12)          # 0 where all pictures get one label
 
 
@@ -180,13 +185,7 @@ class Features(nn.Module):
 
 def describe_set(parser: cli.Parser, args, checkpoint: Checkpoint, split: str) -> tuple[np.ndarray, ...]:
     """Features (n, 512), predicted classes (n,) and labels (n,) of a split of --data."""
-    try:
-        faces = read_faceset(args.data, split, args.class_map, checkpoint.spec.classes)
-    except FaceSetError as error:
-        parser.error(f"--data: {error}")
-    if faces.unmatched:
-        parser.error(f"--data {args.data}: folder {faces.unmatched[0]} matches no class of the checkpoint "
-                     f"({', '.join(faces.classes)}); --class_map {faces.unmatched[0]}=CLASS names its class")
+    faces = open_faceset(parser, Namespace(**vars(args), split=split), checkpoint.spec.classes)
     network, spec = Features(checkpoint, args.device), checkpoint.spec
     features, said = np.zeros((len(faces), network.head.in_features), np.float32), np.full(len(faces), -1)
     for batch in align_set(faces.paths(), faces.finished, MTCNN().to(args.device), spec.window, spec.input_size,
@@ -200,10 +199,9 @@ def describe_set(parser: cli.Parser, args, checkpoint: Checkpoint, split: str) -
 
 def decide_people(said: np.ndarray, people: np.ndarray, n_classes: int, threshold: float) -> np.ndarray:
     """Class (P,) of made-up people by the rule of facesets/consensus.py, -1 of those who are dropped."""
-    votes = np.stack([(said[people] == c).sum(1) for c in range(n_classes)], 1)
     n = np.full(len(people), people.shape[1])
-    return decide(Votes([], [], {}, n, n, votes, n, 0), Namespace(threshold=threshold, strict=False, min_images=1)
-                  ).decision
+    votes = Votes([], [], {}, n, n, votes_of(said, people, n_classes), n, 0)
+    return decide(votes, Namespace(threshold=threshold, strict=False, min_images=1)).decision
 
 
 def head_accuracy(features: np.ndarray, labels: np.ndarray, val: tuple[np.ndarray, np.ndarray]) -> float:
@@ -300,10 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.per_person) < 2:
         parser.error("--per_person 1: one picture agrees with itself")
     out_dir = cli.output_folder(parser, "--out_dir", args.out_dir)
-    try:
-        checkpoint = load_checkpoint(args.ckpt)
-    except CheckpointError as error:
-        parser.error(f"--ckpt {args.ckpt}: {error}")
+    checkpoint = open_checkpoint(parser, args)
     n_classes = len(checkpoint.spec.classes)
     correlations = sorted({0.0, *args.correlation, *measured_correlation(parser, args, checkpoint.spec.classes)})
     train, val = (describe_set(parser, args, checkpoint, split) for split in ("train", "val"))
