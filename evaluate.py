@@ -20,6 +20,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -571,6 +572,7 @@ def write_subgroups(table: list[dict], path: Path) -> None:
             writer.writerow([f"{value:.4f}" if isinstance(value, float) else value for value in cells.values()])
 
 
+@matplotlib.rc_context({"text.parse_math": False})              # a name of a class or folder may hold a $
 def write_report(figures: dict, folder: Path, name: str) -> None:
     """All files of the report; says so where they replace figures of another set or checkpoint."""
     path, classes = folder / f"{name}_metrics.json", tuple(figures["classes"])

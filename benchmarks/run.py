@@ -59,7 +59,7 @@ from models.faceset import FaceSet, align_set  # noqa: E402
 from models.images import collate_photos, decode_photo, group_sizes, list_images, load_photos  # noqa: E402
 from models.mtcnn import MTCNN, Faces  # noqa: E402
 from models.pipeline import DECODE_BATCH, Labeller, read_predictions  # noqa: E402
-from models.threads import in_turn  # noqa: E402
+from models.threads import Cores  # noqa: E402
 
 FACE_SIZES = (20, 40)           # smallest face, pixels
 BATCH = 64                      # of training
@@ -320,8 +320,9 @@ def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
                 for k in range(len(batch))]
 
     found = {}
-    for batch, its in zip(batches, in_turn(align, batches, device), strict=True):
-        found.update(zip(batch, its, strict=True))
+    with Cores(device) as cores:
+        for batch, its in zip(batches, cores.in_turn(align, batches), strict=True):
+            found.update(zip(batch, its, strict=True))
     return [found[i] for i in range(len(photos))]
 
 
@@ -463,17 +464,17 @@ def bench_epoch(bench: Bench) -> Result:
     plain = baseline.PlainTraining(len(builder.CLASSES), side, BATCH, bench.device)
     views = torch.rand(BATCH, 3, side, side, device=bench.device).mul_(255)
     views = views.contiguous(memory_format=torch.channels_last)
-    targets = F.one_hot(data.labels[:BATCH], len(builder.CLASSES)).float()
 
     def steps_of(rows):
         with redirect_stderr(io.StringIO()):                            # a progress bar
-            some = train.Crops(data.crops[:len(rows)], data.labels[:len(rows)])
+            n = len(rows)
+            some = train.Crops(data.crops[:n], data.labels[:n], data.targets[:n])
             train.train_one_epoch(training, training.model, some, recipe, side, args)
 
     ours, ceiling, other = result.figures = take_turns(f"training, batch {BATCH}", {
         "ours, crops in memory to steps": (steps_of, paths),
         "forward, backward, step on ready tensors": (
-            lambda rows: [bare_step(alone, views, targets) for _ in range(0, len(rows), BATCH)], paths),
+            lambda rows: [bare_step(alone, views, data.targets[:BATCH]) for _ in range(0, len(rows), BATCH)], paths),
         "plain loop, files decoded anew": (
             lambda rows: plain.epoch(rows, labels[:len(rows)]), paths[:sizes.plain_steps * BATCH])},
         sizes.runs, bench.device, warm=2 * BATCH)

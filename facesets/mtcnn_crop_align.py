@@ -52,7 +52,7 @@ from models.ranks import (  # noqa: E402
     start_distributed,
     wait_for_all,
 )
-from models.threads import in_turn  # noqa: E402
+from models.threads import Cores  # noqa: E402
 
 PARTS = "align_parts"                                   # folder of an unfinished run, in the output folder
 SKIPPED = "skipped.csv"
@@ -225,9 +225,10 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
         batch = replace(batch, images=batch.images.to(device))
         return batch, detector.detect(batch.images, batch.sizes.to(device))
 
-    # A checkout's networks run in its folder, which is the whole process's: one batch at a time.
-    searched = map(search, batches) if args.mtcnn_pytorch_path else in_turn(search, batches, device)
-    with tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05) as bar:
+    bar = tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05)
+    with bar, Cores(device) as cores:
+        # A checkout's networks run in its folder, which is the whole process's: one batch at a time.
+        searched = map(search, batches) if args.mtcnn_pytorch_path else cores.in_turn(search, batches)
         for chunk, its in itertools.groupby(searched, lambda pair: first_position(pair[0]) // size):
             skipped, counts = [], Counter()
             for batch, faces in its:

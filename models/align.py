@@ -4,6 +4,7 @@ Coordinates of pictures put pixel (0, 0) at the centre of the top-left pixel, as
 (x0, y0, x1, y1) is given by its edges in template pixels, the whole crop being (0, 0, 112, 112); the centre of
 column j of a view of side S therefore lies at template x = x0 + (j + 0.5) * (x1 - x0) / S - 0.5.
 """
+import functools
 from collections import defaultdict
 
 import torch
@@ -63,14 +64,16 @@ def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, sam
     linear = to_image[:, :, :2] * half * (2 / extent[:, None])                  # from -1 ... 1 to -1 ... 1
     shift = (to_image[:, :, :2] @ centre + to_image[:, :, 2] + 0.5) * (2 / extent) - 1
     theta = torch.cat([linear, shift[:, :, None]], 2).to(images.device)
-    grid = F.affine_grid(theta, [len(theta), 3, side, side], align_corners=False).expand(n, -1, -1, -1)
+    grid = F.affine_grid(theta, [len(theta), 3, side, side], align_corners=False)
     steps = ((torch.arange(samples, device=device) + 0.5) / samples - 0.5) * (2 / side)
     offsets = (torch.cartesian_prod(steps, steps) @ linear.mT).to(images.device)                # (n, samples^2, 2)
-    views = torch.zeros(n, 3, side, side, device=images.device)
+    views = None
     for offset in offsets.unbind(1):
-        views += F.grid_sample(images.expand(n, -1, -1, -1), grid + offset[:, None, None], mode="bilinear",
-                               padding_mode="border", align_corners=False)
-    return views.div_(samples ** 2)
+        at = (grid + offset[:, None, None]).expand(n, -1, -1, -1)
+        sampled = F.grid_sample(images.expand(n, -1, -1, -1), at, mode="bilinear", padding_mode="border",
+                                align_corners=False)
+        views = sampled if views is None else views.add_(sampled)
+    return views.div_(samples ** 2) if samples > 1 else views
 
 
 def count_samples(to_image: Tensor, window: tuple, side: int) -> list[int]:
@@ -129,9 +132,14 @@ def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLA
     The crops show all of the template `shown` at any resolution R (112 as handed around, finer from the builder); the
     window is one of `template`, a checkpoint's own, to which the similarity between the two templates leads.
     """
-    to_crop = invert_similarity(fit_similarity(torch.tensor([shown]), torch.tensor(template)))
-    to_crop = template_pixels(to_crop, crops.shape[-1] / TEMPLATE_SIZE)
+    to_crop = template_pixels(between_templates(template, shown), crops.shape[-1] / TEMPLATE_SIZE)
     return to_bytes(sample_views(crops.float(), to_crop, window, side, *count_samples(to_crop, window, side)))
+
+
+@functools.lru_cache
+def between_templates(source: tuple, target: tuple) -> Tensor:
+    """The similarity (1, 2, 3) from the coordinates of one template to those of another."""
+    return invert_similarity(fit_similarity(torch.tensor([target]), torch.tensor(source)))
 
 
 def template_pixels(to_template: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
 from models.images import PhotoBatch, can_share, load_photos, walk_images
 from models.mtcnn import MTCNN, Faces
-from models.threads import in_turn
+from models.threads import Cores
 
 SPLITS = ("train", "val", "test")
 MAX_SIDE = 3000             # pixels: larger photographs are reduced to it while decoding, as infer.py does by default
@@ -169,10 +169,11 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
     workers = workers if can_share() else 0
     device = next(detector.parameters()).device
     missed, landmarks = [], []
-    with tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05) as bar:
+    bar = tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05)
+    with bar, Cores(device) as cores:
         batches = load_photos(paths, batch_size, workers, MAX_SIDE)
-        for searched in in_turn(lambda batch: align_batch(batch, finished, detector, window, side, template, chips),
-                                batches, device):
+        for searched in cores.in_turn(
+                lambda batch: align_batch(batch, finished, detector, window, side, template, chips), batches):
             bar.update(len(searched.missed) + sum(len(a.positions) + len(a.failures) for a in searched.aligned))
             missed += searched.missed
             landmarks.append(searched.landmarks)
@@ -219,9 +220,15 @@ def cut_crops(images: Tensor, sizes: Tensor, window: tuple, side: int, template:
 
     They show all of the usual template; those of the side of chips (side, template) all of the chips' template.
     """
-    views = torch.empty(len(images), 3, side, side, dtype=torch.uint8, device=images.device)
-    for size in sizes[:, 0].unique().tolist():
-        rows = (sizes[:, 0] == size).nonzero().squeeze(1).to(images.device)
+    def cut(some: Tensor, size: int) -> Tensor:
         shown = chips[1] if chips and chips[0] == size else TEMPLATE
-        views[rows] = crop_views(images[rows, :, :size, :size], window, side, template, shown)
+        return crop_views(some[:, :, :size, :size], window, side, template, shown)
+
+    resolutions = sizes[:, 0].unique().tolist()
+    if len(resolutions) == 1:
+        return cut(images, resolutions[0])
+    views = torch.empty(len(images), 3, side, side, dtype=torch.uint8, device=images.device)
+    for size in resolutions:
+        rows = (sizes[:, 0] == size).nonzero().squeeze(1).to(images.device)
+        views[rows] = cut(images[rows], size)
     return views

@@ -18,7 +18,7 @@ from models.checkpoint import Checkpoint
 from models.faceset import come_as_crops, cut_crops
 from models.images import PhotoBatch, can_share, load_photos
 from models.mtcnn import MTCNN, Faces
-from models.threads import in_turn
+from models.threads import Cores
 
 STATUSES = ("ok", "no_face", "unreadable", "too_large")
 DECODE_BATCH = 16           # pictures decoded, and searched for faces, together: 16 of 3 megapixels are 150 MB
@@ -133,12 +133,13 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     chunks = range(count_chunks(len(photos))) if chunks is None else chunks
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
     batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers)
-    found = in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches, labeller.device)
-    labelled = in_turn(lambda some: label_faces(some, labeller, settings), full_batches(found, settings.batch_size),
-                       labeller.device)
-    for chunk, its in itertools.groupby(labelled, lambda some: some.chunk):
-        yield chunk, sorted((row for some in its for row in some.faces + some.without),
-                            key=lambda row: (row.position, row.face))
+    with Cores(labeller.device) as cores:
+        found = cores.in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches)
+        labelled = cores.in_turn(lambda some: label_faces(some, labeller, settings),
+                                 full_batches(found, settings.batch_size))
+        for chunk, its in itertools.groupby(labelled, lambda some: some.chunk):
+            yield chunk, sorted((row for some in its for row in some.faces + some.without),
+                                key=lambda row: (row.position, row.face))
 
 
 def first_position(batch: PhotoBatch) -> int:

@@ -86,6 +86,12 @@ def error_of(capsys, *argv) -> str:
     return message
 
 
+def test_names_with_dollars_are_drawn_as_they_stand(built, trained, tmp_path):
+    run(built, trained, tmp_path, "--class_map", "White=$x_{$,Black=a$b$")
+    assert json.loads((tmp_path / "test_metrics.json").read_text())["classes"][:2] == ["$x_{$", "a$b$"]
+    assert Image.open(tmp_path / "test_confusion_matrix.png").width > 400
+
+
 def test_report_holds_what_scikit_learn_finds_in_the_saved_probs(built, trained, tmp_path, capsys):
     run(built, trained, tmp_path, "--save_probs", "--through_112")
     saved = np.load(tmp_path / "test_probs.npz")

@@ -1,11 +1,12 @@
 """models/threads.py: order, one thread each, no running ahead, and errors that arrive."""
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from models.threads import in_turn
+from models.threads import Cores
 
 CPU = torch.device("cpu")
 
@@ -18,30 +19,35 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+def in_turn(function, items, device=CPU):
+    with Cores(device) as cores:
+        yield from cores.in_turn(function, items)
+
+
 def test_results_keep_the_order_of_the_items():
     def slow_first(i):
         time.sleep(0.02 if i == 0 else 0)
         return i
 
-    assert list(in_turn(slow_first, range(20), CPU)) == list(range(20))
-    assert list(in_turn(slow_first, (), CPU)) == []
+    assert list(in_turn(slow_first, range(20))) == list(range(20))
+    assert list(in_turn(slow_first, ())) == []
 
 
 def test_each_item_has_one_thread_and_the_caller_keeps_its_own():
-    assert list(in_turn(lambda _: torch.get_num_threads(), range(4), CPU)) == [1] * 4
+    assert list(in_turn(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
     assert torch.get_num_threads() == 2
 
 
 def test_threads_born_later_have_all_threads():
     """Autograd's backward pass runs in one."""
-    list(in_turn(lambda i: i, range(4), CPU))
+    list(in_turn(lambda i: i, range(4)))
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_items_are_taken_as_results_are():
     taken = []
-    results = in_turn(lambda i: i, (taken.append(i) or i for i in range(100)), CPU)
+    results = in_turn(lambda i: i, (taken.append(i) or i for i in range(100)))
     next(results)
     assert len(taken) <= 4
     results.close()
@@ -49,7 +55,7 @@ def test_items_are_taken_as_results_are():
 
 
 def test_an_error_arrives_in_its_place():
-    results = in_turn(lambda i: 1 // (2 - i), range(5), CPU)
+    results = in_turn(lambda i: 1 // (2 - i), range(5))
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -58,3 +64,12 @@ def test_an_error_arrives_in_its_place():
 def test_a_gpu_takes_one_after_another():
     threads = list(in_turn(lambda _: torch.get_num_threads(), range(3), torch.device("cuda")))
     assert threads == [2] * 3                                       # the caller's: no pool
+
+
+def test_steps_that_follow_one_another_share_the_threads():
+    with Cores(CPU) as cores:
+        names = {threading.current_thread().name}
+        first = cores.in_turn(lambda i: (i, names.add(threading.current_thread().name)), range(20))
+        second = cores.in_turn(lambda pair: (pair[0], names.add(threading.current_thread().name)), first)
+        assert [i for i, _ in second] == list(range(20))
+    assert len(names) <= 1 + 2                                      # this one and the two

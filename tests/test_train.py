@@ -75,6 +75,21 @@ def test_mix_up_keeps_the_sum_of_targets():
     assert torch.allclose(mixed_targets.sum(1), torch.ones(4))
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0)])
+def test_the_gradient_by_taps_is_that_of_the_convolution(kernel, stride, padding):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(5, 8, 7, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(12, 8, kernel, kernel, generator=generator, requires_grad=True)
+    geometry = (stride, stride), (padding, padding)
+    plain, ours = torch.nn.functional.conv2d(maps, weight, None, *geometry), train.WeightGradientByTaps.apply(
+        maps, weight, *geometry)
+    assert torch.equal(plain, ours)
+    towards = torch.randn(plain.shape, generator=generator)
+    for expected, found in zip(torch.autograd.grad(plain, (maps, weight), towards),
+                               torch.autograd.grad(ours, (maps, weight), towards), strict=True):
+        assert torch.allclose(expected, found, atol=1e-4)
+
+
 def test_average_follows_the_weights():
     average, model = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2)
     torch.nn.init.constant_(model.weight, 3.0)
@@ -149,12 +164,12 @@ def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
 
 
 def test_every_picture_once_an_epoch_over_two_ranks():
-    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10))
+    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), torch.eye(10))
     seen = []
     for rank in range(2):
         args = train.parse_args(["--batch_size", "5"])
         args.rank, args.world_size, args.device = rank, 2, torch.device("cpu")
-        seen += [label for _, labels in train.train_batches(data, 3, args) for label in labels.tolist()]
+        seen += [label for _, targets in train.train_batches(data, 3, args) for label in targets.argmax(1).tolist()]
     assert sorted(seen) == list(range(10))
 
 
@@ -222,6 +237,33 @@ def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):
     assert torch.equal(model.backbone.fc.weight, head)
 
 
+def test_a_teacher_makes_up_half_of_the_targets(drawn_set, tmp_path, small_recipe, monkeypatch):
+    common = ["--data", str(drawn_set), "--vis_dir", str(tmp_path)]
+    run(*common, "--out", str(tmp_path / "teacher.pt"), "--epochs", "6", "--batch_size", "16")
+    seen, real = [], train.run_epochs
+    monkeypatch.setattr(train, "run_epochs", lambda training, recipe, crops, *rest: (
+        seen.append(crops), real(training, recipe, crops, *rest)))
+    run(*common, "--out", str(tmp_path / "pupil.pt"), "--epochs", "2", "--teacher", str(tmp_path / "teacher.pt"))
+    targets, labels = seen[0].targets, seen[0].labels
+    assert torch.allclose(targets.sum(1), torch.ones(40), atol=1e-5)
+    taught = 2 * targets - torch.nn.functional.one_hot(labels, 4)           # what the teacher says
+    assert taught.min() >= -1e-6 and (taught.max(1).values < 0.9999).any()
+    checkpoint = load_checkpoint(tmp_path / "teacher.pt")
+    views = crop_views(seen[0].crops, WINDOW, 40)
+    said = train.Labeller(checkpoint, torch.device("cpu")).probs(views, flip=True)
+    assert (said - taught).abs().max() < 0.5 and (said.argmax(1) == taught.argmax(1)).float().mean() > 0.8
+
+
+def test_a_teacher_of_other_classes_is_an_error(drawn_set, tmp_path, small_recipe, capsys):
+    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run("--data", str(drawn_set), "--class_map", "White=Pale", "--out", str(tmp_path / "b.pt"), "--teacher",
+            str(tmp_path / "a.pt"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "it knows White, Black, Asian, Indian; --data has Pale" in error
+
+
 def test_another_flag_is_not_mixed_into_a_resumed_run(drawn_set, tmp_path, small_recipe, monkeypatch, capsys):
     def killed(training, *rest):
         real(training, *rest)
@@ -255,6 +297,7 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
 @pytest.mark.parametrize(("argv", "said"), [
     (["--data", "nowhere"], "--data: nowhere: no such folder"),
     (["--init", "nowhere.pt", "--data", "DRAWN"], "--init nowhere.pt: no such file"),
+    (["--teacher", "nowhere.pt", "--data", "DRAWN"], "--teacher nowhere.pt: no such file"),
     (["--resume", "--data", "DRAWN"], "--resume: there is no"),
     (["--epochs", "0"], "--epochs: wants a whole number of at least 1"),
     (["--lr", "minus"], "--lr: wants a number above 0"),
