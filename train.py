@@ -60,6 +60,8 @@ RECIPES = {
     # Chosen on validation; visualizations/experiments.csv has what else was tried.
     "default": Recipe((16, 30, 96, 110), ((0.2, 72), (0.5, 88), (1.0, 104)), "cosine", 2, 0.05, 0.05, 0.3, 0.998,
                       True, "best"),
+    # A second run from the weights of a first one (--init), at a larger input; made for --epochs 12 --lr 0.0005.
+    "refine": Recipe((16, 30, 96, 110), ((0.34, 104), (1.0, 128)), "cosine", 1, 0.05, 0.05, 0.3, 0.998, True, "best"),
     # EthnicityRecognition-UTKFaces: chip at 128, random crop of 104 and flip, Adam, StepLR(20), last epoch.
     "published": Recipe((20, 34, 93.2, 107.2), ((1.0, 104),), "step", 0, 0.0, 0.0, 0.0, 0.0, False, "last"),
 }

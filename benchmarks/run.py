@@ -6,7 +6,8 @@
   epoch     training steps on crops                                        against a plain loop; the steps alone
   builder   UTKFace -> a data set (utk_dataset_builder.py)                 against two processes of the original
   start     infer.py on one picture                                        against importing torch and torchvision
-  memory    peak memory of infer.py on 100,000 files and on 5,000          (only with --only memory or --full)
+  memory    peak memory of infer.py on 100,000 files and on 5,000, of the
+            index of 5 million names and of 50,000                         (only with --only memory or --full)
 
 What is compared takes turns within one run; a figure is the median of its runs. What both sides find is compared too.
 Run it on a machine that does nothing else.
@@ -56,7 +57,14 @@ from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces, crop_views
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint  # noqa: E402
 from models.classifier import FaceSpec  # noqa: E402
 from models.faceset import FaceSet, align_set  # noqa: E402
-from models.images import collate_photos, decode_photo, group_sizes, list_images, load_photos  # noqa: E402
+from models.images import (  # noqa: E402
+    collate_photos,
+    decode_photo,
+    group_sizes,
+    index_photos,
+    list_images,
+    load_photos,
+)
 from models.mtcnn import MTCNN, Faces  # noqa: E402
 from models.pipeline import DECODE_BATCH, Labeller, read_predictions  # noqa: E402
 from models.threads import Cores  # noqa: E402
@@ -87,10 +95,11 @@ class Sizes:
     plain_built: int = 2000
     builder_runs: int = 1                   # all of UTKFace takes minutes
     memory_runs: tuple[int, int] = (5_000, 100_000)
+    listed: tuple[int, int] = (50_000, 5_000_000)
 
 
 SIZES = {"default": Sizes(),
-         "quick": Sizes(3, 64, 64, 512, 96, 4, 2, 400, 400, 1, (500, 2_000)),
+         "quick": Sizes(3, 64, 64, 512, 96, 4, 2, 400, 400, 1, (500, 2_000), (1_000, 50_000)),
          "full": Sizes(steps=None, builder_runs=5)}
 EPOCH_CROPS = 13_207            # training pictures of the published split of UTKFace
 
@@ -573,9 +582,26 @@ def bench_memory(bench: Bench) -> Result:
                                      peak_mb=peak))
     few, many = (figure.peak_mb for figure in result.figures)
     result.bars.append(Bar("memory: MB more on many files than on few", many - few, most=60))
+    for n in bench.sizes.listed:
+        start = time.perf_counter()
+        peak = peak_alone(index_names, bench.folder / f"list_{n}", n)
+        result.figures.append(Figure("memory", f"index of a list of {n:,} names", n, [time.perf_counter() - start],
+                                     peak_mb=peak))
+    few, many = (figure.peak_mb for figure in result.figures[2:])
+    result.bars.append(Bar("memory: MB more for the index of many names than of few", many - few, most=60))
     result.notes.append("memory is the largest sum over the process and its workers, sampled every 0.2 s; pages they "
                         "share are counted once")
     return result
+
+
+def index_names(folder: Path, n: int) -> None:
+    """Writes a list of n names, indexes it as infer.py --in_list does, and reads every thousandth name."""
+    folder.mkdir()
+    with open(folder / "list.txt", "w") as file:
+        file.writelines(f"people/{i // 20:07d}/{i:09d}.jpg\n" for i in range(n))
+    index = index_photos(folder, None, str(folder / "list.txt"))
+    if len(index) != n or any(index.name(i) != f"people/{i // 20:07d}/{i:09d}.jpg" for i in range(0, n, 1000)):
+        raise RuntimeError("the index does not hold the names of the list")
 
 
 def peak_of_tree(command: list[str]) -> float:

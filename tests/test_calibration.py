@@ -25,7 +25,7 @@ def draw_faces(n: int, *, temperature: float = 1.0, bias=(0.0, 0.0, 0.0, 0.0), s
 def test_known_temperature_and_biases_are_recovered():
     bias = (0.6, -0.4, 0.1, -0.3)
     logits, labels = draw_faces(8_000, temperature=1.8, bias=bias)
-    calibration = fit_calibration(logits, labels)
+    calibration = fit_calibration(logits, labels, balance=0)
     assert calibration.temperature == pytest.approx(1.8, rel=0.05)
     assert calibration.bias == pytest.approx(bias, abs=0.12)
     probs = calibration.probs(logits)
@@ -33,12 +33,35 @@ def test_known_temperature_and_biases_are_recovered():
     assert torch.allclose(probs.mean(0), torch.bincount(labels) / len(labels), atol=2e-3)     # as many as there are
 
 
+def test_balance_raises_the_classes_that_err_most():
+    logits, labels = draw_faces(8_000, temperature=1.8, bias=(1.2, -0.4, -0.6, -0.2))
+    plain, half = fit_calibration(logits, labels, balance=0), fit_calibration(logits, labels)
+
+    def error_rates(calibration):
+        wrong = calibration.val_probs.argmax(1) != labels
+        return torch.stack([wrong[labels == k].double().mean() for k in range(4)])
+
+    raised = torch.tensor(half.bias) - torch.tensor(plain.bias)
+    expected = error_rates(plain).log() / 2
+    assert torch.allclose(raised.double(), expected - expected.mean(), atol=0.02)
+    assert torch.allclose(half.val_probs.log() - plain.val_probs.log() - raised,
+                          (half.val_probs.log() - plain.val_probs.log() - raised)[:, :1], atol=1e-3)
+    assert error_rates(half).max() - error_rates(half).min() < error_rates(plain).max() - error_rates(plain).min()
+
+
+def test_balance_leaves_a_class_without_a_face_alone():
+    logits, labels = draw_faces(2_000, temperature=1.0, bias=(0.0, 0.0, 0.0, 0.0))
+    some = labels != 3
+    plain, half = (fit_calibration(logits[some], labels[some], balance) for balance in (0, 0.5))
+    assert half.bias[3] - plain.bias[3] == pytest.approx(0, abs=0.1)
+
+
 def test_curved_confidence_is_recovered():
     """Logits as label smoothing leaves them: the larger the margin, the more they understate."""
     true, labels = draw_faces(8_000)
     margin = true.topk(2, 1).values.diff(dim=1).neg()
     squeezed = true * 2 / (1 + (1 + 0.8 * margin).sqrt())       # margin m with m (1 + 0.2 m) that of the true logits
-    calibration = fit_calibration(squeezed, labels)
+    calibration = fit_calibration(squeezed, labels, balance=0)
     assert calibration.temperature == pytest.approx(1.0, rel=0.1) and calibration.curve == pytest.approx(0.2, rel=0.2)
     straight = fit_terms(squeezed.double(), labels, with_curve=False, with_bias=False)[0] * squeezed
     confidence = [probs.max(1).values for probs in (calibration.probs(squeezed), straight.softmax(1), true.softmax(1))]
@@ -47,14 +70,14 @@ def test_curved_confidence_is_recovered():
 
 def test_logits_that_point_the_wrong_way_give_almost_no_confidence():
     true, labels = draw_faces(2_000)
-    calibration = fit_calibration(-true, labels)
+    calibration = fit_calibration(-true, labels, balance=0)
     assert calibration.curve == 0 and calibration.temperature > 100
 
 
 def test_a_curve_that_would_turn_the_order_around_is_left_out():
     true, labels = draw_faces(8_000)
     margin = true.topk(2, 1).values.diff(dim=1).neg()
-    assert fit_calibration(true * (1 + 0.3 * margin), labels).curve == 0
+    assert fit_calibration(true * (1 + 0.3 * margin), labels, balance=0).curve == 0
 
 
 def test_optimum_agrees_with_scipy():
@@ -86,7 +109,7 @@ def test_stored_probabilities_are_those_of_faces_left_out():
     """On labels that have nothing to do with the logits, a fit flatters itself; the stored probabilities must not."""
     generator = torch.Generator().manual_seed(3)
     logits, labels = 4 * torch.randn(60, 4, generator=generator), torch.randint(4, (60,), generator=generator)
-    calibration = fit_calibration(logits, labels)
+    calibration = fit_calibration(logits, labels, balance=0)
 
     def nll(probs):
         return -probs.gather(1, labels[:, None]).log().mean()
