@@ -280,8 +280,8 @@ def picture_rows(text: np.ndarray, fields: list[tuple[np.ndarray, np.ndarray]], 
 
 def index_rows(index: PhotoIndex, sample: np.ndarray | None = None, said: np.ndarray | None = None) -> Iterator[Rows]:
     """The pictures of a folder's index, a million at a time; those at the sampled positions with what they say."""
-    records = np.memmap(index.rows, np.dtype([("start", "<i8"), ("length", "<i4")]), "r")
-    names = np.memmap(index.names, np.uint8, "r")
+    records = np.memmap(index.rows_path, np.dtype([("start", "<i8"), ("length", "<i4")]), "r")
+    names = np.memmap(index.names_path, np.uint8, "r")
     for first in range(0, len(records), 1_000_000):
         some = records[first:first + 1_000_000]
         base, end = int(some["start"][0]), int(some["start"][-1] + some["length"][-1])

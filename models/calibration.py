@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FOLDS = 5
-BALANCE = 0.5               # of the way to classes that err alike; chosen on validation, where it cost no right label
+BALANCE = 0.5               # of the logarithm of a class's error rate that is added to its bias, at most
 PRIOR_FACES = 10            # with which every class begins, wrong as often as all are: for classes of few faces
 RIDGE = 1.0                 # pulls slope to 1, the rest to 0 as one face would: settles separable or tiny samples
 
@@ -45,11 +45,10 @@ def fit_calibration(logits: Tensor, labels: Tensor, balance: float = BALANCE) ->
     calibration is hard-to-beat at label shift adaptation", 2020) and a term that no single temperature has: label
     smoothing and mixup hold the largest logits down, so that a network trained with them is too sure in the middle and
     not sure enough at the top. Fitted by Newton's method in float64 on the CPU: the same numbers on every machine.
-    Curve and biases stay where they lower the likelihood loss of faces left out of the fit. Then the biases of classes
-    that err more are raised, by `balance` times the logarithm of their error rates: doubt no longer goes against the
-    classes that are hardest to tell. 0 leaves the most likely biases. val_probs are those of the
+    Curve and biases stay where they lower the likelihood loss of faces left out of the fit. val_probs are those of the
     left-out faces: each face's probabilities come from the other four fifths, so thresholds and error model are
-    hardly told better of the classifier than a stranger's faces would tell.
+    hardly told better of the classifier than a stranger's faces would tell. At last the biases of classes that err
+    more are raised, which all faces decide together: see raise_weak. balance 0 leaves the likeliest biases.
     Raises ValueError for fewer than 2 faces, a label without a column, or logits that are not finite.
     """
     logits, labels = logits.detach().double().cpu(), labels.detach().long().cpu()
@@ -59,9 +58,24 @@ def fit_calibration(logits: Tensor, labels: Tensor, balance: float = BALANCE) ->
                 for terms in itertools.product((False, True), repeat=2)}
     terms = min(held_out, key=lambda terms: mean_nll(held_out[terms], labels))
     slope, curve, bias = fit_terms(logits, labels, *terms)
-    raised = balance * log_error_rates(held_out[terms], labels)
+    raised = raise_weak(held_out[terms], labels, balance)
     return Calibration(1 / slope, tuple((bias + raised).tolist()), (held_out[terms] + raised).softmax(1).float(),
                        labels, curve)
+
+
+def raise_weak(log_probs: Tensor, labels: Tensor, balance: float) -> Tensor:
+    """What to add to each class's log-probability (C,) so that doubt does not go against the hardest to tell.
+
+    `balance` times the logarithm of its error rate; half or a quarter of that, or nothing, where more would cost right
+    labels among the faces (n, C), (n,).
+    """
+    rates = log_error_rates(log_probs, labels)
+
+    def right(raised: Tensor) -> int:
+        return int(((log_probs + raised).argmax(1) == labels).sum())
+
+    steps = (balance * part * rates for part in (1, 0.5, 0.25))
+    return next((raised for raised in steps if right(raised) >= right(0 * rates)), 0 * rates)
 
 
 def log_error_rates(log_probs: Tensor, labels: Tensor) -> Tensor:

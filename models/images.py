@@ -99,11 +99,11 @@ class PhotoIndex:
     """
 
     def __init__(self, folder: str | Path):
-        self.names, self.rows = (os.path.join(folder, name) for name in ("names.bin", "rows.bin"))
+        self.names_path, self.rows_path = (os.path.join(folder, name) for name in ("names.bin", "rows.bin"))
         about = json.loads((Path(folder) / "index.json").read_text())
         self.root, self.shards = about["root"], about["shards"]
         self.row = row_format(self.shards)
-        self.length = os.path.getsize(self.rows) // struct.calcsize(self.row)
+        self.length = os.path.getsize(self.rows_path) // struct.calcsize(self.row)
         self.handles, self.owner = {}, None
 
     def __len__(self) -> int:
@@ -135,12 +135,12 @@ class PhotoIndex:
         if not 0 <= i < self.length:
             raise IndexError(i)
         size = struct.calcsize(self.row)
-        return struct.unpack(self.row, self.read(self.rows, i * size, size))
+        return struct.unpack(self.row, self.read(self.rows_path, i * size, size))
 
     def name(self, i: int) -> str:
         """Name of a picture: its path below the folder, its line of the list, or shard/member."""
         start, length = self.record(i)[:2]
-        return os.fsdecode(self.read(self.names, start, length))
+        return os.fsdecode(self.read(self.names_path, start, length))
 
     def __getitem__(self, i: int) -> str | bytes:
         name = self.name(i)

@@ -10,6 +10,8 @@ from models.calibration import (
     conformal_sets,
     fit_calibration,
     fit_terms,
+    log_error_rates,
+    raise_weak,
     stratified_folds,
 )
 
@@ -33,27 +35,45 @@ def test_known_temperature_and_biases_are_recovered():
     assert torch.allclose(probs.mean(0), torch.bincount(labels) / len(labels), atol=2e-3)     # as many as there are
 
 
-def test_balance_raises_the_classes_that_err_most():
-    logits, labels = draw_faces(8_000, temperature=1.8, bias=(1.2, -0.4, -0.6, -0.2))
-    plain, half = fit_calibration(logits, labels, balance=0), fit_calibration(logits, labels)
+def test_doubt_goes_to_the_class_that_errs_most():
+    """Class 1 is mistaken for class 0 in near-ties; nothing else is in doubt."""
+    sure, tie = [4.0, 0.0, 0.0], [0.2, 0.0, -4.0]
+    logits = torch.tensor([sure] * 50 + [[0.0, 4.0, 0.0]] * 30 + [[0.0, 0.0, 4.0]] * 50
+                          + [tie] * 20).double()
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 50 + [1] * 11 + [0] * 9)
+    log_probs = logits.log_softmax(1)
+    rates = log_error_rates(log_probs, labels)
+    overall = 12 / 152
+    expected = torch.tensor([(10 * overall) / 69, (11 + 10 * overall) / 51, (10 * overall) / 60]).double().log()
+    assert torch.allclose(rates, expected - expected.mean())
+    raised = raise_weak(log_probs, labels, 0.5)
+    assert torch.allclose(raised, 0.5 * rates)
+    assert ((log_probs + raised).argmax(1) == labels).sum() == ((log_probs.argmax(1) == labels).sum() + 2)
 
-    def error_rates(calibration):
-        wrong = calibration.val_probs.argmax(1) != labels
-        return torch.stack([wrong[labels == k].double().mean() for k in range(4)])
 
-    raised = torch.tensor(half.bias) - torch.tensor(plain.bias)
-    expected = error_rates(plain).log() / 2
-    assert torch.allclose(raised.double(), expected - expected.mean(), atol=0.02)
-    assert torch.allclose(half.val_probs.log() - plain.val_probs.log() - raised,
-                          (half.val_probs.log() - plain.val_probs.log() - raised)[:, :1], atol=1e-3)
-    assert error_rates(half).max() - error_rates(half).min() < error_rates(plain).max() - error_rates(plain).min()
+def test_no_right_label_is_paid_for_balance():
+    sure, tie = [4.0, 0.0], [0.01, 0.0]
+    log_probs = torch.tensor([sure] * 80 + [tie] * 10 + [[0.0, 4.0]] * 20 + [tie] * 8).double().log_softmax(1)
+    labels = torch.tensor([0] * 90 + [1] * 28)
+    assert log_error_rates(log_probs, labels)[1] > 0
+    assert torch.equal(raise_weak(log_probs, labels, 0.5), torch.zeros(2).double())
+
+
+def test_the_raise_is_in_bias_and_stored_probabilities():
+    logits, labels = draw_faces(3_000, temperature=1.8, bias=(1.2, -0.4, -0.6, -0.2))
+    logits[:, 0] += 0.5 * torch.randn(3_000, generator=torch.Generator().manual_seed(1))
+    plain, raised = fit_calibration(logits, labels, balance=0), fit_calibration(logits, labels)
+    by = torch.tensor(raised.bias) - torch.tensor(plain.bias)
+    expected = (plain.val_probs.double().log() + by).softmax(1)
+    assert torch.allclose(raised.val_probs.double(), expected, atol=1e-6)
+    assert torch.allclose(by.double(), raise_weak(plain.val_probs.double().log(), labels, 0.5), atol=1e-4)
 
 
 def test_balance_leaves_a_class_without_a_face_alone():
-    logits, labels = draw_faces(2_000, temperature=1.0, bias=(0.0, 0.0, 0.0, 0.0))
-    some = labels != 3
-    plain, half = (fit_calibration(logits[some], labels[some], balance) for balance in (0, 0.5))
-    assert half.bias[3] - plain.bias[3] == pytest.approx(0, abs=0.1)
+    log_probs = torch.full((200, 4), 0.25).double().log()
+    log_probs[:, 0] += 0.1
+    rates = log_error_rates(log_probs, torch.arange(200) % 3)
+    assert rates[0] < rates[3] < min(rates[1], rates[2])
 
 
 def test_curved_confidence_is_recovered():

@@ -1,10 +1,12 @@
 """train.py: the laws of its steps, and small runs of the command."""
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 
 import train
 from models.align import TEMPLATE, crop_views
-from models.checkpoint import load_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import FaceSpec
 
 WINDOW = (14, 24, 98, 108)
@@ -244,14 +246,45 @@ def test_a_teacher_makes_up_half_of_the_targets(drawn_set, tmp_path, small_recip
     monkeypatch.setattr(train, "run_epochs", lambda training, recipe, crops, *rest: (
         seen.append(crops), real(training, recipe, crops, *rest)))
     run(*common, "--out", str(tmp_path / "pupil.pt"), "--epochs", "2", "--teacher", str(tmp_path / "teacher.pt"))
-    targets, labels = seen[0].targets, seen[0].labels
-    assert torch.allclose(targets.sum(1), torch.ones(40), atol=1e-5)
-    taught = 2 * targets - torch.nn.functional.one_hot(labels, 4)           # what the teacher says
-    assert taught.min() >= -1e-6 and (taught.max(1).values < 0.9999).any()
-    checkpoint = load_checkpoint(tmp_path / "teacher.pt")
-    views = crop_views(seen[0].crops, WINDOW, 40)
-    said = train.Labeller(checkpoint, torch.device("cpu")).probs(views, flip=True)
-    assert (said - taught).abs().max() < 0.5 and (said.argmax(1) == taught.argmax(1)).float().mean() > 0.8
+    args = train.parse_args(["--data", str(drawn_set)])
+    args.device, args.rank = torch.device("cpu"), 0
+    one_hot = torch.nn.functional.one_hot(seen[0].labels, 4).float()
+    said = train.teach(load_checkpoint(tmp_path / "teacher.pt"), seen[0].crops, args)
+    assert torch.allclose(seen[0].targets, (one_hot + said) / 2, atol=1e-5)
+    assert (said - one_hot).abs().max() > 0.01
+
+
+def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
+    """Views of a teacher on another template are those that evaluate.py shows it."""
+    spec = FaceSpec(("a", "b"), tuple((x + 7, y - 5) for x, y in TEMPLATE), WINDOW, 40)
+    torch.manual_seed(0)
+    teacher = Checkpoint(spec, train.FaceClassifier(spec).backbone.state_dict())
+    shown = []
+    monkeypatch.setattr(train, "Labeller", lambda *_: SimpleNamespace(
+        probs=lambda views, flip: shown.append(views) or torch.full((len(views), 2), 0.5)))
+    args = train.parse_args([])
+    args.device, args.rank = torch.device("cpu"), 0
+    crops = torch.stack([torch.from_numpy(np.array(draw_crop(k, k))).permute(2, 0, 1) for k in range(4)])
+    train.teach(teacher, crops, args)
+    assert torch.equal(shown[0], crop_views(crops, WINDOW, 40, spec.template))
+    assert not torch.equal(shown[0], crop_views(crops, WINDOW, 40))
+
+
+def test_small_maps_in_bfloat16_give_the_same_gradients():
+    torch.manual_seed(0)
+    plain = train.FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 48)).to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(plain)
+    train.speed_up_small_maps(fast)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    assert sum(isinstance(module, train.SmallMapConv2d) for module in fast.modules()) == 5
+    views = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
+    for model in (plain, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(views).float().square().sum().backward()
+    pairs = zip(plain.backbone.layer4.named_parameters(), fast.backbone.layer4.parameters(), strict=True)
+    for (name, expected), found in pairs:
+        assert found.grad.dtype == torch.float32
+        assert (found.grad - expected.grad).norm() < 0.02 * expected.grad.norm(), name
 
 
 def test_a_teacher_of_other_classes_is_an_error(drawn_set, tmp_path, small_recipe, capsys):
@@ -298,13 +331,15 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
     (["--data", "nowhere"], "--data: nowhere: no such folder"),
     (["--init", "nowhere.pt", "--data", "DRAWN"], "--init nowhere.pt: no such file"),
     (["--teacher", "nowhere.pt", "--data", "DRAWN"], "--teacher nowhere.pt: no such file"),
+    (["--teacher", "OUT", "--data", "DRAWN"], "--out would replace it"),
     (["--resume", "--data", "DRAWN"], "--resume: there is no"),
     (["--epochs", "0"], "--epochs: wants a whole number of at least 1"),
     (["--lr", "minus"], "--lr: wants a number above 0"),
     (["--data", "DRAWN", "--class_map", "White=Black,Asian"], "--class_map: wants FROM=TO"),
 ])
 def test_mistakes_are_one_line_and_exit_2(argv, said, drawn_set, tmp_path, capsys):
-    argv = [str(drawn_set) if word == "DRAWN" else word for word in argv] + ["--out", str(tmp_path / "c.pt")]
+    out = str(tmp_path / "c.pt")
+    argv = [{"DRAWN": str(drawn_set), "OUT": out}.get(word, word) for word in argv] + ["--out", out]
     with pytest.raises(SystemExit) as stop:
         run(*argv)
     error = capsys.readouterr().err
