@@ -56,12 +56,13 @@ class Recipe:
     choose: str                             # 'best' epoch on validation, or the 'last' one
 
 
+# Chosen on validation; visualizations/experiments.csv has what else was tried.
+DEFAULT = Recipe((16, 30, 96, 110), ((0.2, 72), (0.5, 88), (1.0, 104)), "cosine", 2, 0.05, 0.05, 0.3, 0.998, True,
+                 "best")
 RECIPES = {
-    # Chosen on validation; visualizations/experiments.csv has what else was tried.
-    "default": Recipe((16, 30, 96, 110), ((0.2, 72), (0.5, 88), (1.0, 104)), "cosine", 2, 0.05, 0.05, 0.3, 0.998,
-                      True, "best"),
+    "default": DEFAULT,
     # A second run from the weights of a first one (--init), at a larger input; made for --epochs 12 --lr 0.0005.
-    "refine": Recipe((16, 30, 96, 110), ((0.34, 104), (1.0, 128)), "cosine", 1, 0.05, 0.05, 0.3, 0.998, True, "best"),
+    "refine": replace(DEFAULT, sizes=((0.34, 104), (1.0, 128)), warmup_epochs=1),
     # EthnicityRecognition-UTKFaces: chip at 128, random crop of 104 and flip, Adam, StepLR(20), last epoch.
     "published": Recipe((20, 34, 93.2, 107.2), ((1.0, 104),), "step", 0, 0.0, 0.0, 0.0, 0.0, False, "last"),
 }
@@ -187,8 +188,8 @@ def teach(teacher: Checkpoint, crops: Tensor, args) -> Tensor:
     tight = tuple(edge + inset * sign for edge, sign in zip(spec.window, (1, 1, -1, -1), strict=True))
     probs = torch.empty(len(crops), len(spec.classes))
     for rows in tqdm(torch.arange(len(crops)).split(64), desc="teacher", disable=args.rank != 0, unit="batch"):
-        views = [crop_views(crops[rows].to(args.device), window, spec.input_size, spec.template)
-                 for window in (spec.window, tight)]
+        some = crops[rows].to(args.device)
+        views = [crop_views(some, window, spec.input_size, spec.template) for window in (spec.window, tight)]
         probs[rows] = sum(labeller.probs(view, flip=True) for view in views) / 2
     return probs
 

@@ -70,12 +70,14 @@ def raise_weak(log_probs: Tensor, labels: Tensor, balance: float) -> Tensor:
     labels among the faces (n, C), (n,).
     """
     rates = log_error_rates(log_probs, labels)
+    nothing = torch.zeros_like(rates)
 
     def right(raised: Tensor) -> int:
         return int(((log_probs + raised).argmax(1) == labels).sum())
 
+    before = right(nothing)
     steps = (balance * part * rates for part in (1, 0.5, 0.25))
-    return next((raised for raised in steps if right(raised) >= right(0 * rates)), 0 * rates)
+    return next((raised for raised in steps if right(raised) >= before), nothing)
 
 
 def log_error_rates(log_probs: Tensor, labels: Tensor) -> Tensor:
