@@ -19,6 +19,8 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "checkpoints" / "mtcnn.pt"
 PYRAMID_FACTOR = 0.707          # each level half the area of the one before
 CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window moved by 2
 LEVEL_NMS = 0.5                 # overlap allowed between P-Net's boxes of one level
+FINEST = 2                      # levels that detect_largest leaves for later: three quarters of P-Net's work
+SURE = 2                        # times a level's window: a face that large is not one that this level finds
 CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # pixels of a level in one call of P-Net; on a CPU, what its caches
 CHUNK_CROPS = {"cpu": 32, "cuda": 2048}             # hold. Crops in one call of R-Net or O-Net, likewise
 LANES = 16                      # floats that a CPU's vector instructions take at once: channels are padded to these
@@ -32,6 +34,10 @@ class Faces:
     scores: Tensor              # (n,) float32, 0 to 1
     landmarks: Tensor           # (n, 5, 2) float32, xy pixels: left eye, right eye, nose, left, right mouth corner
     image_index: Tensor         # (n,) int64, ascending; the faces of one image by descending score
+
+    def take(self, rows: Tensor) -> "Faces":
+        """Some of the faces: rows (k,) int64, or (n,) bool."""
+        return Faces(*(value[rows] for value in vars(self).values()))
 
 
 class MTCNN(nn.Module):
@@ -63,24 +69,55 @@ class MTCNN(nn.Module):
         Pixel (0, 0) is the centre of the top-left pixel. An image smaller than the smallest face has none; B may be 0.
         """
         images = images.to(self.pnet[0].weight.device)
-        boxes, image_index = self.propose(images, sizes)
-        boxes, image_index = self.refine(images, sizes, boxes, image_index)
-        return self.decide(images, sizes, boxes, image_index)
+        return self.examine(images, sizes, *self.propose(images, sizes))
+
+    @torch.inference_mode()
+    def detect_largest(self, images: Tensor, sizes: Tensor) -> Faces:
+        """As detect, but of an image with a large face only its larger faces are sure to be found; that takes less.
+
+        The finest levels are searched in the images only where the coarser ones gave no face that is SURE times as
+        large as the window of any of them: one that large comes from a coarser level.
+        """
+        images = images.to(self.pnet[0].weight.device)
+        boxes, image_index = self.propose(images, sizes, slice(FINEST, None))
+        faces = self.examine(images, sizes, boxes, image_index)
+        area = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1)
+        window = self.min_face_size / PYRAMID_FACTOR ** (FINEST - 1)
+        done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        done[faces.image_index[area >= (SURE * window) ** 2]] = True
+        if done.all():
+            return faces
+        finer, finer_index = self.propose(images, sizes, slice(FINEST), (~done).nonzero()[:, 0].cpu())
+        rest = ~done[image_index]
+        image_index, order = torch.cat([image_index[rest], finer_index]).sort(stable=True)
+        more = self.examine(images, sizes, torch.cat([boxes[rest], finer])[order], image_index)
+        sure = faces.take(done[faces.image_index])
+        both = Faces(*map(torch.cat, zip(vars(sure).values(), vars(more).values(), strict=True)))
+        return both.take(both.image_index.argsort(stable=True))
+
+    def examine(self, images: Tensor, sizes: Tensor, boxes: Tensor, image_index: Tensor) -> Faces:
+        """Stages 2 and 3: the faces among candidate boxes."""
+        return self.decide(images, sizes, *self.refine(images, sizes, boxes, image_index))
 
     def seen(self, boxes: Tensor, sizes: Tensor, image_index: Tensor) -> Tensor:
         """The boxes (n, 4) whose sides the offsets are fractions of: what a network saw; if clip_boxes, its inside."""
         return clipped(boxes, sizes.to(boxes.device)[image_index]) if self.clip_boxes else boxes
 
-    def propose(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Stage 1: square candidate boxes (n, 4) float32 and image_index (n,), ascending, by P-Net on a pyramid."""
+    def propose(self, images: Tensor, sizes: Tensor, which: slice = slice(None),
+                among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Stage 1: square candidate boxes (n, 4) float32 and image_index (n,), ascending, by P-Net on a pyramid.
+
+        which: the levels that are searched, counted from the finest; among: the images (k,) int64, by default all.
+        """
         found = []
-        for (height, width), index in group_by_size(sizes):
-            levels = pyramid(height, width, self.min_face_size)
+        among = torch.arange(len(images)) if among is None else among
+        for (height, width), index in group_by_size(sizes[among.to(sizes.device)]):
+            levels = pyramid(height, width, self.min_face_size)[which]
             if not levels:
                 continue
             chunk = max(1, CHUNK_PIXELS[images.device.type] // (levels[0][1] * levels[0][2]))
             for part in index.split(chunk):
-                part = part.to(images.device)
+                part = among[part].to(images.device)
                 maps = [run_pnet(self.pnet, resized)
                         for resized in resize_levels(images[part, :, :height, :width], levels)]
                 boxes, scores, offsets, level, image = cells_to_boxes(maps, levels, logit(self.thresholds[0]))

@@ -189,7 +189,8 @@ def find_faces(batch: PhotoBatch, size: int, labeller: Labeller, detector: MTCNN
     parts = [crop_rows(take(batch, crops), labeller.spec, settings)]
     if not crops.all():
         photos = take(batch, ~crops)
-        parts.append(photo_rows(photos, detector.detect(photos.images, photos.sizes), labeller.spec, settings))
+        search = detector.detect_largest if settings.faces == "largest" else detector.detect
+        parts.append(photo_rows(photos, search(photos.images, photos.sizes), labeller.spec, settings))
     rows = [row for its_rows, _ in parts for row in its_rows]
     without = [Row(position, -1, status, error=why) for position, status, why in batch.failures]
     return Found(first_position(batch) // size, [row for row in rows if row.status == "ok"],

@@ -1,11 +1,15 @@
 """A CPU's cores shared out: several pictures at once, a core each, instead of all cores on one small operation."""
+import ctypes
+import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import torch
 
 MOST_THREADS = 8         # each holds a decoded batch and the networks' working memory
+MOST_WAITING = 2         # results for each thread that may wait for a slow one before them
+M_ARENA_MAX = -8         # of glibc's malloc.h
 
 
 class Cores:
@@ -18,6 +22,8 @@ class Cores:
     def __init__(self, device: torch.device):
         self.before = torch.get_num_threads()
         self.threads = min(self.before, MOST_THREADS) if device.type == "cpu" else 1
+        if self.threads > 1 and platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)   # else each thread keeps freed memory that no other may use
 
     def __enter__(self) -> "Cores":
         if self.threads > 1:
@@ -32,7 +38,7 @@ class Cores:
     def in_turn(self, function: Callable, items: Iterable) -> Iterator:
         """function(item) of each item, in their order; a result does not depend on the number of threads.
 
-        Memory holds one item more than there are threads.
+        Memory holds one item more than there are threads, and MOST_WAITING results for each.
         """
         if self.threads == 1:
             yield from map(function, items)
@@ -40,7 +46,11 @@ class Cores:
         waiting = deque()
         for item in items:
             waiting.append(self.pool.submit(function, item))
-            if len(waiting) > self.threads:
+            del item
+            todo = [future for future in waiting if not future.done()]
+            if len(todo) > self.threads:
+                wait(todo, return_when=FIRST_COMPLETED)
+            while waiting and (waiting[0].done() or len(waiting) > MOST_WAITING * self.threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from models.mtcnn import MTCNN, WEIGHTS, suppress_nested
+from models import mtcnn
+from models.mtcnn import MTCNN, WEIGHTS, pyramid, resize, suppress_nested
 
 ASTRONAUT = Path(__file__).resolve().parent.parent / "facesets" / "samples" / "astronaut.jpg"
 
@@ -101,6 +102,35 @@ def test_a_picture_gives_the_same_alone_and_in_a_batch_of_eight(detector, astron
 def test_smallest_face_is_respected(detector, astronaut):
     large = MTCNN(min_face_size=400)
     check_rows(large.detect(*collate([astronaut[:, :260, 100:340]])), 0)
+
+
+def test_the_largest_face_is_the_same_where_fine_levels_are_left_out(detector, astronaut):
+    small = torch.zeros_like(astronaut)                                 # its face is 35 px
+    small[:, :170, :170] = resize(astronaut[None], 170, 170)[0].byte()
+    pictures = [small, astronaut, torch.zeros_like(astronaut), astronaut[:, :260, 100:340], astronaut[:, :15, :15]]
+    images, sizes = collate(pictures)
+    every, some = detector.detect(images, sizes), detector.detect_largest(images, sizes)
+    check_rows(some)
+    assert torch.equal(some.image_index, some.image_index.sort().values)
+    for i in range(len(pictures)):
+        all_of, of_some = every.take(every.image_index == i), some.take(some.image_index == i)
+        assert bool(len(all_of.boxes)) == bool(len(of_some.boxes)) == (i in (0, 1, 3))
+        if len(all_of.boxes):
+            rows = [(f.boxes[:, 2:] - f.boxes[:, :2]).prod(1).argmax() for f in (all_of, of_some)]
+            torch.testing.assert_close(of_some.landmarks[rows[1]], all_of.landmarks[rows[0]], rtol=0, atol=0.01)
+
+
+def test_fine_levels_are_searched_only_where_no_face_is_large(detector, astronaut, monkeypatch):
+    levels = []
+    monkeypatch.setattr(mtcnn, "resize", lambda images, *size: levels.append((*size, len(images))) or
+                        resize(images, *size))
+    finest = pyramid(512, 512, 20)[0][1:]
+    images, sizes = collate([astronaut, torch.zeros_like(astronaut), astronaut])
+    detector.detect_largest(images, sizes)
+    assert sum(n for *size, n in levels if tuple(size) == finest) == 1
+    levels.clear()
+    detector.detect_largest(images[::2], sizes[::2])
+    assert finest not in [tuple(size) for *size, _ in levels] and levels
 
 
 def test_nested_boxes_are_suppressed_within_an_image_only():

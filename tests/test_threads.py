@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from models.threads import Cores
+from models.threads import MOST_WAITING, Cores
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,25 @@ def test_items_are_taken_as_results_are():
     assert len(taken) <= 4
     results.close()
     assert len(taken) <= 4
+
+
+def test_a_slow_item_does_not_stop_the_other_thread():
+    fourth = threading.Event()
+
+    def first_waits(i):
+        if i == 3:
+            fourth.set()
+        return fourth.wait(10) if i == 0 else i
+
+    assert list(in_turn(first_waits, range(20))) == [True, *range(1, 20)]
+
+
+def test_few_items_are_taken_while_a_slow_one_is_waited_for():
+    taken, last = [], threading.Event()
+    results = in_turn(lambda i: last.wait(0.5) if i == 0 else i, (taken.append(i) or i for i in range(100)))
+    assert next(results) is False
+    assert len(taken) <= 2 * MOST_WAITING + 1
+    results.close()
 
 
 def test_an_error_arrives_in_its_place():
