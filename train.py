@@ -38,6 +38,7 @@ from models.ranks import from_first, leave_distributed, moved_in, start_distribu
 FEWEST_PERSONS = 5      # folders per class from which on a picture's folder is taken for a person's
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 TEACHER_SHARE = 0.5     # of each target that comes from --teacher; the label makes up the rest
+WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
 AVERAGE_EVERY = 4       # steps between two updates of the weight average, which take a fiftieth of a step on a CPU
 
 
@@ -232,7 +233,10 @@ def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generat
         linear = turn @ torch.diag_embed(torch.stack([flip * stretch, 1 / stretch], -1))
     centre = torch.tensor([(window[0] + window[2]) / 2 - 0.5, (window[1] + window[3]) / 2 - 0.5], device=crops.device)
     warp = torch.cat([linear, (centre + shift - linear @ centre)[:, :, None]], 2)
-    views = sample_views(crops.float(), template_pixels(warp, crops.shape[-1] / TEMPLATE_SIZE), window, side)
+    to_crop = template_pixels(warp, crops.shape[-1] / TEMPLATE_SIZE)
+    few = WARPED if crops.device.type == "cpu" else max(1, n)
+    views = torch.cat([sample_views(some.float(), its, window, side)
+                       for some, its in zip(crops.split(few), to_crop.split(few), strict=True)])
     return random_erase(random_blur(random_colour(views, generator), generator), generator) if augment else views
 
 
@@ -268,15 +272,16 @@ def random_blur(views: Tensor, generator: torch.Generator) -> Tensor:
 
 def random_erase(views: Tensor, generator: torch.Generator) -> Tensor:
     """A quarter of the pictures lose one rectangle, of a tenth to a half of each side, to one random colour."""
-    n, side = len(views), views.shape[-1]
+    few = (torch.rand(len(views), generator=generator, device=views.device) < 0.25).nonzero().squeeze(1)
+    n, side = len(few), views.shape[-1]
     size = uniform(2 * n, 0.1, 0.5, generator).view(n, 2) * side
     start = torch.rand(n, 2, generator=generator, device=views.device) * (side - size)
     at = torch.arange(side, device=views.device)
     rows = (at >= start[:, :1]) & (at < start[:, :1] + size[:, :1])
     columns = (at >= start[:, 1:]) & (at < start[:, 1:] + size[:, 1:])
-    chosen = torch.rand(n, generator=generator, device=views.device) < 0.25
-    hole = (rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])[:, None]
-    return torch.where(hole, uniform(3 * n, 0, 255, generator).view(n, 3, 1, 1), views)
+    hole = (rows[:, :, None] & columns[:, None, :])[:, None]
+    views[few] = torch.where(hole, uniform(3 * n, 0, 255, generator).view(n, 3, 1, 1), views[few])
+    return views
 
 
 def mix_up(views: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -437,7 +442,7 @@ def train_batches(data: Crops, epoch: int, args) -> Iterator[tuple[Tensor, Tenso
     order = order[:len(order) // args.world_size * args.world_size][args.rank::args.world_size]
     for rows in order.split(args.batch_size):
         if len(rows) > 1:                                           # batch norm has no statistics of a single picture
-            yield (data.crops[rows.to(data.crops.device)].to(args.device, non_blocking=True),
+            yield (data.crops.index_select(0, rows.to(data.crops.device)).to(args.device, non_blocking=True),
                    data.targets[rows.to(data.targets.device)].to(args.device, non_blocking=True))
 
 

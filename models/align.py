@@ -69,7 +69,7 @@ def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, sam
     offsets = (torch.cartesian_prod(steps, steps) @ linear.mT).to(images.device)                # (n, samples^2, 2)
     views = None
     for offset in offsets.unbind(1):
-        at = (grid + offset[:, None, None]).expand(n, -1, -1, -1)
+        at = (grid + offset[:, None, None] if samples > 1 else grid).expand(n, -1, -1, -1)
         sampled = F.grid_sample(images.expand(n, -1, -1, -1), at, mode="bilinear", padding_mode="border",
                                 align_corners=False)
         views = sampled if views is None else views.add_(sampled)
