@@ -30,7 +30,7 @@ from torch import Tensor
 
 from models import cli
 from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
-from models.calibration import Calibration, class_thresholds, conformal_sets, fit_calibration
+from models.calibration import Calibration, class_thresholds, fit_calibration, set_thresholds
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier
 from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_about, read_faceset
@@ -296,7 +296,7 @@ def abstention_figures(answers: Answers, calibration: Calibration, classes: tupl
     confidence, predictions = answers.probs.max(1)
     thresholds = class_thresholds(calibration, args.target_error)
     answered = confidence >= thresholds[predictions]
-    sets = conformal_sets(answers.probs, calibration, args.alpha)
+    sets = answers.probs >= set_thresholds(calibration, args.alpha)
     covered = sets.gather(1, answers.labels[:, None]).squeeze(1)
     figures = {"target_error": args.target_error, "alpha": args.alpha, "per_class": {},
                "thresholds": {name: value if value <= 1 else None

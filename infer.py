@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from models import cli
 from models.align import TEMPLATE_SIZE
-from models.calibration import class_thresholds, conformal_sets
+from models.calibration import class_thresholds, set_thresholds
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from models.faceset import FaceSet, FaceSetError, read_faceset
 from models.images import InputError, PhotoIndex, index_photos
@@ -244,33 +244,36 @@ def load_networks(checkpoint: Checkpoint, settings: Settings, min_face_size: flo
 def label_part(run: Run, todo: list[int], labeller: Labeller, detector: MTCNN | None, settings: Settings, args,
                show: bool) -> None:
     """Writes the parts of some chunks, each when it is done."""
-    least = least_confidence(labeller.checkpoint, args)
+    least, inside = answer_thresholds(labeller.checkpoint, args)
+    names = [label_name(name) for name in labeller.spec.classes]
     with tqdm(total=count_files(len(run.photos), todo), unit=" pictures", disable=not show, smoothing=0.05) as bar:
         for chunk, rows in classify_files(run.photos, labeller, detector, settings, todo) if todo else ():
-            labels, sets = decide(rows, labeller.checkpoint, least, args.alpha)
-            write_part(run, chunk, rows, labels, sets, len(least), many=args.faces == "all")
+            labels, sets = decide(rows, names, least, inside)
+            write_part(run, chunk, rows, labels, sets, len(names), many=args.faces == "all")
             bar.update(count_files(len(run.photos), [chunk]))
 
 
-def least_confidence(checkpoint: Checkpoint, args) -> torch.Tensor:
-    """Confidence (C,) that each predicted class needs to be answered."""
+def answer_thresholds(checkpoint: Checkpoint, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Confidence (C,) that each predicted class needs to be answered; probability (C,) of each class in the set.
+
+    Without calibration no class is in a set.
+    """
+    n_classes, calibration = len(checkpoint.spec.classes), checkpoint.calibration
+    least = torch.full((n_classes,), args.min_confidence or 0.0)
     if args.target_error is not None:
-        return class_thresholds(checkpoint.calibration, args.target_error)
-    return torch.full((len(checkpoint.spec.classes),), args.min_confidence or 0.0)
+        least = class_thresholds(calibration, args.target_error)
+    return least, set_thresholds(calibration, args.alpha) if calibration else torch.full((n_classes,), torch.inf)
 
 
-def decide(rows: list[Row], checkpoint: Checkpoint, least: torch.Tensor, alpha: float) -> tuple[list[str], list[str]]:
+def decide(rows: list[Row], names: list[str], least: torch.Tensor,
+           inside: torch.Tensor) -> tuple[list[str], list[str]]:
     """Answer and prediction set of every row, both '' where there is no face; the set so too without calibration."""
-    names = [label_name(name) for name in checkpoint.spec.classes]
     probs = [row.probs for row in rows if row.status == "ok"]
     probs = torch.stack(probs) if probs else torch.zeros(0, len(names))
     confidence, predicted = probs.max(1)
     sure = (confidence >= least[predicted]).tolist()
     answers = iter([names[c] if known else UNCERTAIN for c, known in zip(predicted.tolist(), sure, strict=True)])
-    inside = torch.zeros_like(probs, dtype=torch.bool)
-    if checkpoint.calibration:
-        inside = conformal_sets(probs, checkpoint.calibration, alpha)
-    sets = iter(["|".join(itertools.compress(names, members)) for members in inside.tolist()])
+    sets = iter(["|".join(itertools.compress(names, members)) for members in (probs >= inside).tolist()])
     return ([next(answers) if row.status == "ok" else "" for row in rows],
             [next(sets) if row.status == "ok" else "" for row in rows])
 

@@ -195,17 +195,17 @@ def class_thresholds(calibration: Calibration, target_error: float) -> Tensor:
     return thresholds
 
 
-def conformal_sets(probs: Tensor, calibration: Calibration, alpha: float) -> Tensor:
-    """Class-conditional prediction sets: probs (n, C) -> bool (n, C), n may be 0.
+def set_thresholds(calibration: Calibration, alpha: float) -> Tensor:
+    """Least probability (C,) float32 with which a class is in a face's prediction set.
 
     A face of class k has k in its set with probability at least 1 - alpha, for every k: split conformal
     prediction within each class (Vovk, "Conditional validity of inductive conformal predictors", 2012), score
     1 - probability of the class, with the finite-sample quantile. A class of fewer than 1 / alpha - 1 validation
     faces is in every set. A set may be empty: a face unlike all classes.
     """
-    least = torch.zeros(probs.shape[1])
+    least = torch.zeros(calibration.val_probs.shape[1])
     for k in range(len(least)):
         scores = calibration.val_probs[calibration.val_labels == k, k].sort().values
         spare = int(alpha * (len(scores) + 1) + 1e-9)       # the true class may fall below in this many of them
         least[k] = scores[spare - 1] if 0 < spare <= len(scores) else (0.0 if spare == 0 else torch.inf)
-    return probs >= least.to(probs.device)
+    return least
