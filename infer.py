@@ -244,17 +244,17 @@ def load_networks(checkpoint: Checkpoint, settings: Settings, min_face_size: flo
 def label_part(run: Run, todo: list[int], labeller: Labeller, detector: MTCNN | None, settings: Settings, args,
                show: bool) -> None:
     """Writes the parts of some chunks, each when it is done."""
-    least, inside = answer_thresholds(labeller.checkpoint, args)
+    least, least_inside = answer_thresholds(labeller.checkpoint, args)
     names = [label_name(name) for name in labeller.spec.classes]
     with tqdm(total=count_files(len(run.photos), todo), unit=" pictures", disable=not show, smoothing=0.05) as bar:
         for chunk, rows in classify_files(run.photos, labeller, detector, settings, todo) if todo else ():
-            labels, sets = decide(rows, names, least, inside)
+            labels, sets = decide(rows, names, least, least_inside)
             write_part(run, chunk, rows, labels, sets, len(names), many=args.faces == "all")
             bar.update(count_files(len(run.photos), [chunk]))
 
 
 def answer_thresholds(checkpoint: Checkpoint, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Confidence (C,) that each predicted class needs to be answered; probability (C,) of each class in the set.
+    """Least confidence (C,) at which each predicted class is answered; least probability (C,) of each class in a set.
 
     Without calibration no class is in a set.
     """
@@ -266,14 +266,14 @@ def answer_thresholds(checkpoint: Checkpoint, args) -> tuple[torch.Tensor, torch
 
 
 def decide(rows: list[Row], names: list[str], least: torch.Tensor,
-           inside: torch.Tensor) -> tuple[list[str], list[str]]:
+           least_inside: torch.Tensor) -> tuple[list[str], list[str]]:
     """Answer and prediction set of every row, both '' where there is no face; the set so too without calibration."""
     probs = [row.probs for row in rows if row.status == "ok"]
     probs = torch.stack(probs) if probs else torch.zeros(0, len(names))
     confidence, predicted = probs.max(1)
     sure = (confidence >= least[predicted]).tolist()
     answers = iter([names[c] if known else UNCERTAIN for c, known in zip(predicted.tolist(), sure, strict=True)])
-    sets = iter(["|".join(itertools.compress(names, members)) for members in (probs >= inside).tolist()])
+    sets = iter(["|".join(itertools.compress(names, members)) for members in (probs >= least_inside).tolist()])
     return ([next(answers) if row.status == "ok" else "" for row in rows],
             [next(sets) if row.status == "ok" else "" for row in rows])
 

@@ -75,8 +75,9 @@ class MTCNN(nn.Module):
     def detect_largest(self, images: Tensor, sizes: Tensor) -> Faces:
         """As detect, but of an image with a large face only its larger faces are sure to be found; that takes less.
 
-        The finest levels are searched in the images only where the coarser ones gave no face that is SURE times as
-        large as the window of any of them: one that large comes from a coarser level.
+        The finest levels are searched only in images of which the coarser ones gave no face SURE times as large as any
+        of their windows: a face that large comes from a coarser level. The candidates of both are the same as those of
+        all levels at once: P-Net's squares of different levels overlap too little for one to suppress another.
         """
         images = images.to(self.pnet[0].weight.device)
         boxes, image_index = self.propose(images, sizes, slice(FINEST, None))

@@ -3,12 +3,12 @@ import ctypes
 import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
 MOST_THREADS = 8         # each holds a decoded batch and the networks' working memory
-MOST_WAITING = 2         # results for each thread that may wait for a slow one before them
+MOST_WAITING = 2         # results that may wait for a slow one before them
 M_ARENA_MAX = -8         # of glibc's malloc.h
 
 
@@ -22,11 +22,11 @@ class Cores:
     def __init__(self, device: torch.device):
         self.before = torch.get_num_threads()
         self.threads = min(self.before, MOST_THREADS) if device.type == "cpu" else 1
-        if self.threads > 1 and platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)   # else each thread keeps freed memory that no other may use
 
     def __enter__(self) -> "Cores":
         if self.threads > 1:
+            if platform.libc_ver()[0] == "glibc":
+                ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)   # else each thread keeps freed memory that no other may use
             self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
         return self
 
@@ -38,7 +38,8 @@ class Cores:
     def in_turn(self, function: Callable, items: Iterable) -> Iterator:
         """function(item) of each item, in their order; a result does not depend on the number of threads.
 
-        Memory holds one item more than there are threads, and MOST_WAITING results for each.
+        A result is handed over when the threads have enough to do, so that they work on while the caller uses it.
+        Items and results in memory are MOST_WAITING more than there are threads, and one.
         """
         if self.threads == 1:
             yield from map(function, items)
@@ -46,11 +47,15 @@ class Cores:
         waiting = deque()
         for item in items:
             waiting.append(self.pool.submit(function, item))
-            del item
-            todo = [future for future in waiting if not future.done()]
-            if len(todo) > self.threads:
-                wait(todo, return_when=FIRST_COMPLETED)
-            while waiting and (waiting[0].done() or len(waiting) > MOST_WAITING * self.threads):
-                yield waiting.popleft().result()
+            while unfinished(waiting) > self.threads or len(waiting) > self.threads + MOST_WAITING:
+                if waiting[0].done() or len(waiting) > self.threads + MOST_WAITING:
+                    yield waiting.popleft().result()
+                else:
+                    wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
         while waiting:
             yield waiting.popleft().result()
+
+
+def unfinished(futures: Iterable[Future]) -> int:
+    """How many have not come to their end."""
+    return sum(not future.done() for future in futures)

@@ -18,7 +18,7 @@ from models.mtcnn import MTCNN, Faces
 from models.pipeline import Labeller
 
 SAMPLES = ROOT / "facesets" / "samples"
-SMALL = run.Sizes(runs=1, chips=4, photos=4, crops=6, plain_crops=6, built=8, plain_built=4)
+SMALL = run.Sizes(runs=1, chips=4, photos=4, agreed=3, crops=6, plain_crops=6, built=8, plain_built=4)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,11 @@ def test_one_view_alone_and_in_a_batch(ckpt):
 @pytest.mark.real
 def test_photographs_end_to_end_agree_one_by_one(tmp_path, ckpt, faces_data):
     bench = bench_in(tmp_path, faces_data, ckpt)
-    found = run.bench_photos(bench).agreement["photographs"]
-    assert found["files"] == 4 and found["other_status"] == 0 and found["faces"] >= 2
-    assert found["largest_difference"] < 1e-3
+    agreement = run.bench_photos(bench).agreement
+    for name, files, fewest in (("photographs", 4, 2), ("chips", 3, 3)):
+        found = agreement[name]
+        assert found["files"] == files and found["other_status"] == 0 and found["faces"] >= fewest
+        assert found["largest_difference"] < 1e-3
 
 
 @pytest.mark.real
@@ -138,6 +140,12 @@ def test_same_labels_tells_near_ties_from_other_labels(tmp_path):
         "files": 4, "faces": 3, "other_status": 1, "other_label": 2, "near_ties": 1}
     assert found["largest_difference"] == pytest.approx(0.6)
     assert [bar.met for bar in run.agreement_bars("x", found)] == [False, False, False]
+
+
+def test_two_agreements_as_one():
+    first = {"files": 4, "other_label": 1, "largest_difference": 0.1}
+    both = run.both_agreements(first, {"files": 3, "other_label": 0, "largest_difference": 0.2})
+    assert both == {"files": 7, "other_label": 1, "largest_difference": 0.2}
 
 
 def test_procedures_take_turns_after_a_warm_up():

@@ -68,6 +68,7 @@ def test_tiny_images_have_no_faces(detector, height, width):
 def test_empty_batch(detector):
     images, sizes = torch.zeros(0, 3, 50, 50, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
     check_rows(detector.detect(images, sizes), 0)
+    check_rows(detector.detect_largest(images, sizes), 0)
 
 
 def test_flat_pictures_and_noise(detector):

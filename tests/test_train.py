@@ -54,6 +54,27 @@ def test_each_picture_gets_its_own_draw_and_a_seed_repeats_it():
     assert (first[0] - first[1]).abs().mean() > 5
 
 
+def test_more_pictures_than_are_warped_at_a_time_keep_their_order():
+    crops = torch.arange(2 * train.WARPED + 3, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 112, 112)
+    views = train.random_views(crops, WINDOW, 8, False, torch.Generator().manual_seed(0))
+    assert torch.allclose(views, crops[:, :, :8, :8].float())
+
+
+def test_a_quarter_of_the_pictures_lose_a_rectangle_of_one_colour():
+    generator = torch.Generator().manual_seed(0)
+    black = torch.zeros(400, 3, 40, 40)
+    erased = train.random_erase(black.clone(), generator)
+    holes = (erased.amax((1, 2, 3)) > 0).nonzero()[:, 0]
+    assert 70 < len(holes) < 130
+    for view in erased[holes[:20]]:
+        hole = view.sum(0) > 0
+        height, width = hole.any(1).sum(), hole.any(0).sum()
+        assert hole.sum() == height * width and 3 <= height <= 21 and 3 <= width <= 21
+        assert len(view[:, hole].unique(dim=1).T) == 1
+    for _ in range(10):                                             # of one picture, none is chosen most of the time
+        assert train.random_erase(black[:1].clone(), generator).shape == (1, 3, 40, 40)
+
+
 def test_a_warp_without_change_is_crop_views(monkeypatch):
     monkeypatch.setattr(train, "uniform", lambda n, *_: torch.zeros(n))
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))          # no flip
