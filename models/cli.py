@@ -92,7 +92,8 @@ def add_photo_flags(parser: Parser, workers: str = "--num_workers") -> None:
     add("--min_face_size", type=positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
     add("--max_side", type=positive_int, default=3000, metavar="PX",
         help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
-    add(workers, type=natural_int, metavar="N", help="decoding processes (chosen by cores and list)")
+    add(workers, type=natural_int, metavar="N", help="decoding processes; with 0 a CPU's threads decode and run the "
+        "networks in turns (0 on a CPU; before CUDA by cores and list)")
     add_device(parser)
 
 

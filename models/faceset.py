@@ -164,14 +164,14 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
     in which a checkpoint's chips are (chips: their side and template; not asked in a finished set). Of other pictures
     the most central large face is aligned by its landmarks; those without a face come last, aligned
     by the mean landmarks (relative to the picture's size) of those with one. Pictures over MAX_SIDE are reduced to it;
-    where shared memory is scarce this process decodes, whatever `workers` says.
+    where shared memory is scarce no worker processes decode, whatever `workers` says.
     """
     workers = workers if can_share() else 0
     device = next(detector.parameters()).device
     missed, landmarks = [], []
     bar = tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05)
     with bar, Cores(device) as cores:
-        batches = load_photos(paths, batch_size, workers, MAX_SIDE)
+        batches = load_photos(paths, batch_size, workers, MAX_SIDE, cores=cores)
         for searched in cores.in_turn(
                 lambda batch: align_batch(batch, finished, detector, window, side, template, chips), batches):
             bar.update(len(searched.missed) + sum(len(a.positions) + len(a.failures) for a in searched.aligned))

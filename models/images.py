@@ -20,10 +20,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from models.threads import Cores
+
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic")
 HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")     # bytes 4 to 12 of such a file
 SHARED_MEMORY = 1 << 30             # bytes free in /dev/shm below which workers could not hand over their pictures
 GROUP_PIXELS = 4_000_000            # a padded batch up to this size is never divided
+
+warnings.filterwarnings("ignore", module=r"PIL\.")      # odd metadata of pictures that decode all the same
 
 
 class PhotoError(Exception):
@@ -232,13 +236,11 @@ def decode_photo(source: str | Path | bytes, max_side: int | None = None) -> tup
     JPEG already while decoding. Raises PhotoError.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # metadata oddities of pictures that decode all the same
-            with open_image(source) as image:
-                longest = max(image.size)
-                if max_side and longest > max_side:
-                    image.draft(None, (max_side, max_side))
-                image = to_rgb(upright(image))
+        with open_image(source) as image:
+            longest = max(image.size)
+            if max_side and longest > max_side:
+                image.draft(None, (max_side, max_side))
+            image = to_rgb(upright(image))
         if max_side and max(image.size) > max_side:
             image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
         pixels = np.array(image)                            # (H, W, 3)
@@ -333,11 +335,36 @@ def group_sizes(photos: list[Tensor]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-class PhotoBatches(Dataset):
-    """Map-style data set: item k holds the pictures k * batch_size onward, so that one message crosses per batch.
+def decode_batch(positions: list[int], sources: list, max_side: int | None) -> list[PhotoBatch]:
+    """Pictures and their positions in a list -> a PhotoBatch for each group of sizes.
 
-    An item is a list of PhotoBatch, one for each group of sizes that goes well into one tensor, together all of the
-    batch. photos: anything with len() and [i] -> a path or the bytes of a file; positions: those to take.
+    A source is a path, the bytes of a file, or the PhotoError that says why there is none.
+    """
+    decoded, photos, scales, failures = [], [], [], []
+    for position, source in zip(positions, sources, strict=True):
+        try:
+            if isinstance(source, PhotoError):
+                raise source
+            photo, scale = decode_photo(source, max_side)
+        except PhotoError as error:
+            failures.append((position, error.status, str(error)))
+            continue
+        decoded.append(position)
+        photos.append(photo)
+        scales.append(scale)
+    batches = []
+    for group in group_sizes(photos) or [[]]:
+        images, sizes = collate_photos([photos[i] for i in group])
+        batches.append(PhotoBatch([decoded[i] for i in group], images, sizes,
+                                  torch.tensor([scales[i] for i in group], dtype=torch.float32),
+                                  failures if not batches else []))
+    return batches
+
+
+class PhotoBatches(Dataset):
+    """Map-style data set: item k is what decode_batch makes of the pictures k * batch_size onward.
+
+    photos: anything with len() and [i] -> a path or the bytes of a file, or a PhotoError; positions: those to take.
     """
 
     def __init__(self, photos, positions, batch_size: int, max_side: int | None):
@@ -346,24 +373,20 @@ class PhotoBatches(Dataset):
     def __len__(self) -> int:
         return -(-len(self.positions) // self.batch_size)
 
+    def sources(self, batch: int) -> tuple[list[int], list]:
+        """Positions of a batch's pictures, and what decode_batch reads them from."""
+        positions = [int(i) for i in self.positions[batch * self.batch_size:(batch + 1) * self.batch_size]]
+        return positions, [self.source(position) for position in positions]
+
+    def source(self, position: int) -> str | bytes | PhotoError:
+        """What a picture is read from, or why there is nothing to read."""
+        try:
+            return self.photos[position]
+        except PhotoError as error:
+            return error
+
     def __getitem__(self, batch: int) -> list[PhotoBatch]:
-        positions, photos, scales, failures = [], [], [], []
-        for position in self.positions[batch * self.batch_size:(batch + 1) * self.batch_size]:
-            try:
-                photo, scale = decode_photo(self.photos[position], self.max_side)
-            except PhotoError as error:
-                failures.append((int(position), error.status, str(error)))
-                continue
-            positions.append(int(position))
-            photos.append(photo)
-            scales.append(scale)
-        batches = []
-        for group in group_sizes(photos) or [[]]:
-            images, sizes = collate_photos([photos[i] for i in group])
-            batches.append(PhotoBatch([positions[i] for i in group], images, sizes,
-                                      torch.tensor([scales[i] for i in group], dtype=torch.float32),
-                                      failures if not batches else []))
-        return batches
+        return decode_batch(*self.sources(batch), self.max_side)
 
 
 def can_share() -> bool:
@@ -375,12 +398,15 @@ def can_share() -> bool:
 
 
 def load_photos(photos, batch_size: int, workers: int, max_side: int | None = None, positions=None,
-                batches: Iterable[int] | None = None) -> Iterator[PhotoBatch]:
+                batches: Iterable[int] | None = None, cores: Cores | None = None) -> Iterator[PhotoBatch]:
     """PhotoBatches of all pictures, or those at some positions, batch_size at a time; decoded in worker processes.
 
     One batch comes as several PhotoBatch where its pictures differ much in size. batches: numbers of the batches to
-    load, in order; by default all. workers 0 decodes in this process.
+    load, in order; by default all. workers 0: the threads of `cores` decode, or without them this process.
     """
     dataset = PhotoBatches(photos, range(len(photos)) if positions is None else positions, batch_size, max_side)
+    if cores and not workers:
+        sources = map(dataset.sources, range(len(dataset)) if batches is None else batches)     # read in this thread
+        return itertools.chain.from_iterable(cores.in_turn(lambda some: decode_batch(*some, max_side), sources))
     loader = DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers)
     return itertools.chain.from_iterable(loader)

@@ -111,13 +111,11 @@ def count_files(n_files: int, chunks: Iterable[int]) -> int:
 
 
 def decode_workers(n_files: int, cores: int, device: torch.device) -> int:
-    """Default number of decoding workers: all cores before a CUDA device; beside a CPU's network a quarter of them.
+    """Default number of decoding workers: all cores before a CUDA device, none beside a CPU's networks.
 
-    Decoding takes a tenth to a quarter of the time of the networks on a CPU.
+    There the threads that run the networks decode too: nothing need cross from one process to another.
     """
-    if n_files < FEW_FILES or not can_share():
-        return 0
-    return cores if device.type == "cuda" else max(1, cores // 4)
+    return cores if device.type == "cuda" and n_files >= FEW_FILES and can_share() else 0
 
 
 def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings: Settings,
@@ -132,8 +130,8 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     per_chunk = size // DECODE_BATCH
     chunks = range(count_chunks(len(photos))) if chunks is None else chunks
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
-    batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers)
     with Cores(labeller.device) as cores:
+        batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers, cores=cores)
         found = cores.in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches)
         labelled = cores.in_turn(lambda some: label_faces(some, labeller, settings),
                                  full_batches(found, settings.batch_size))

@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import tarfile
+import threading
 import tracemalloc
 
 import numpy as np
@@ -24,6 +25,7 @@ from models.images import (
     sort_names,
     walk_images,
 )
+from models.threads import Cores
 
 
 def picture(height=40, width=60, seed=0) -> Image.Image:
@@ -239,10 +241,34 @@ def test_workers_change_nothing(tmp_path):
     for i in range(10):
         picture(20 + i, 30, seed=i).save(tmp_path / f"{i}.png")
     photos = [str(tmp_path / name) for name in walk_images(tmp_path)]
-    for alone, shared in zip(load_photos(photos, 4, 0), load_photos(photos, 4, 2), strict=True):
-        assert alone.positions == shared.positions and torch.equal(alone.images, shared.images)
-    few = list(load_photos(photos, 4, 0, batches=[2]))
-    assert [batch.positions for batch in few] == [[8, 9]]
+    with Cores(torch.device("cpu")) as cores:
+        loads = [load_photos(photos, 4, 0), load_photos(photos, 4, 2), load_photos(photos, 4, 0, cores=cores)]
+        for alone, *others in zip(*loads, strict=True):
+            for other in others:
+                assert alone.positions == other.positions and torch.equal(alone.images, other.images)
+        for sharing in (None, cores):
+            few = list(load_photos(photos, 4, 0, batches=[2], cores=sharing))
+            assert [batch.positions for batch in few] == [[8, 9]]
+
+
+def test_threads_decode_and_this_one_reads_the_index(tmp_path, monkeypatch):
+    """An index has one file position; threads that read at a time would get each other's names."""
+    (tmp_path / "in").mkdir()
+    for i in range(9):
+        picture(seed=i).save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / "4.png").write_bytes(b"broken")
+    index, threads = index_photos(tmp_path, [str(tmp_path / "in")]), {"read": set(), "decode": set()}
+    for name, what, function in (("read", PhotoIndex, PhotoIndex.read), ("decode", images, images.decode_photo)):
+        monkeypatch.setattr(what, function.__name__, lambda *args, name=name, function=function:
+                            threads[name].add(threading.current_thread().name) or function(*args))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with Cores(torch.device("cpu")) as cores:
+        batches = list(load_photos(index, 2, 0, cores=cores))
+    torch.set_num_threads(before)
+    assert [batch.positions for batch in batches] == [[0, 1], [2, 3], [5], [6, 7], [8]]
+    assert [(position, status) for position, status, _ in batches[2].failures] == [(4, "unreadable")]
+    assert threads["read"] == {threading.current_thread().name} and not threads["read"] & threads["decode"]
 
 
 def test_index_works_in_workers(tmp_path):
