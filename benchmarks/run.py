@@ -616,8 +616,8 @@ def bench_memory(bench: Bench) -> Result:
     few, many = (figure.peak_mb for figure in indexes)
     result.figures += indexes
     result.bars.append(Bar("memory: MB more for the index of many names than of few", many - few, most=60))
-    result.notes.append("memory of infer.py is the largest sum over the process and its workers, sampled every 0.2 s; "
-                        "pages they share are counted once")
+    result.notes.append("memory of infer.py is the sum of the peaks of the process and its workers; pages they share "
+                        "count for each")
     return result
 
 
@@ -632,16 +632,16 @@ def index_names(folder: Path, n: int) -> None:
 
 
 def peak_of_tree(command: list[str]) -> float:
-    """Runs a command in the repository's root; the peak, in MB, of the memory of it and its descendants (Linux)."""
+    """Runs a command in the repository's root; the sum of the peaks, in MB, of it and its descendants (Linux)."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0.0
+    peaks: dict[int, float] = {}
     while process.poll() is None:
-        parts = [memory_line(Path(f"/proc/{pid}/smaps_rollup"), "Pss") for pid in descendants(process.pid)]
-        peak = max(peak, sum(part or 0.0 for part in parts))
+        for pid in descendants(process.pid):
+            peaks[pid] = memory_line(Path(f"/proc/{pid}/status"), "VmHWM") or peaks.get(pid, 0.0)
         time.sleep(0.2)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
-    return peak
+    return sum(peaks.values())
 
 
 def descendants(pid: int) -> list[int]:
