@@ -427,7 +427,7 @@ def bench_classify(bench: Bench) -> Result:
     ours, alone, decoded, other = figures = take_turns("aligned crops", {
         "ours, files to predictions.csv": (lambda _: label_folder(bench, folder, labeller, None), paths),
         "network alone, ready tensors": (lambda _: [labeller.probs(views) for views in ready], paths),
-        f"decoding alone, {workers} workers": (lambda _: decode_all(paths, workers, bench.device), paths),
+        "decoding alone": (lambda _: decode_all(paths, workers, bench.device), paths),
         "one file after another": (lambda items: baseline.label_crops(list(map(Path, items)), plain_out, plain),
                                    paths[::len(paths) // sizes.plain_crops][:sizes.plain_crops])},
         sizes.runs, bench.device, warm=16)

@@ -226,10 +226,9 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
 
     bar = tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05)
     with bar, Cores(device) as cores:
-        # A checkout's networks run in its folder, which is the whole process's: one batch at a time, and no decoding.
-        sharing = None if args.mtcnn_pytorch_path else cores
-        batches = load_photos(photos, DECODE_BATCH, workers, args.max_side, batches=numbers, cores=sharing)
-        searched = sharing.in_turn(search, batches) if sharing else map(search, batches)
+        batches = load_photos(photos, DECODE_BATCH, workers, args.max_side, batches=numbers, cores=cores)
+        # A checkout's networks run in its folder, which is the whole process's: one batch at a time.
+        searched = map(search, batches) if args.mtcnn_pytorch_path else cores.in_turn(search, batches)
         for chunk, its in itertools.groupby(searched, lambda pair: first_position(pair[0]) // size):
             skipped, counts = [], Counter()
             for batch, faces in its:

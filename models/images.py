@@ -20,14 +20,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.threads import Cores
-
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic")
 HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")     # bytes 4 to 12 of such a file
 SHARED_MEMORY = 1 << 30             # bytes free in /dev/shm below which workers could not hand over their pictures
 GROUP_PIXELS = 4_000_000            # a padded batch up to this size is never divided
 
-warnings.filterwarnings("ignore", module=r"PIL\.")      # odd metadata of pictures that decode all the same
+warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")    # odd metadata of pictures that decode all the same
 
 
 class PhotoError(Exception):
@@ -99,7 +97,7 @@ class PhotoIndex:
 
     The names stay on disk, so memory is the same for five million as for five: names.bin holds them end to end,
     rows.bin a record for each (start and length of the name, and of a member its shard, offset and size), index.json
-    the folder or the shards. Every process reads through its own file handles.
+    the folder or the shards. Every process reads through its own file handles, and in one thread.
     """
 
     def __init__(self, folder: str | Path):
@@ -287,7 +285,7 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB form of any mode: deep greys are scaled to a byte, transparency is laid on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.asarray(image, dtype=np.float32)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0)
         top = grey.max(initial=0)
         full = 65535.0 if image.mode != "F" and top > 255 else 1.0 if image.mode == "F" and top <= 1 else 255.0
         return Image.fromarray((grey.clip(0, full) * (255 / full)).round().astype(np.uint8)).convert("RGB")
@@ -342,9 +340,10 @@ def decode_batch(positions: list[int], sources: list, max_side: int | None) -> l
     """
     decoded, photos, scales, failures = [], [], [], []
     for position, source in zip(positions, sources, strict=True):
+        if isinstance(source, PhotoError):                  # raised again, it would keep this frame's pictures alive
+            failures.append((position, source.status, str(source)))
+            continue
         try:
-            if isinstance(source, PhotoError):
-                raise source
             photo, scale = decode_photo(source, max_side)
         except PhotoError as error:
             failures.append((position, error.status, str(error)))
@@ -398,14 +397,16 @@ def can_share() -> bool:
 
 
 def load_photos(photos, batch_size: int, workers: int, max_side: int | None = None, positions=None,
-                batches: Iterable[int] | None = None, cores: Cores | None = None) -> Iterator[PhotoBatch]:
-    """PhotoBatches of all pictures, or those at some positions, batch_size at a time; decoded in worker processes.
+                batches: Iterable[int] | None = None, cores=None) -> Iterator[PhotoBatch]:
+    """PhotoBatches of all pictures, or those at some positions, batch_size at a time, in order.
 
     One batch comes as several PhotoBatch where its pictures differ much in size. batches: numbers of the batches to
-    load, in order; by default all. workers 0: the threads of `cores` decode, or without them this process.
+    load; by default all. They are decoded in worker processes; with workers 0 by the threads of `cores`, a
+    models.threads.Cores, or without it by this one.
     """
     dataset = PhotoBatches(photos, range(len(photos)) if positions is None else positions, batch_size, max_side)
     if cores and not workers:
+        Image.init()                # else Pillow learns its rarer types with the first such file, in several threads
         sources = map(dataset.sources, range(len(dataset)) if batches is None else batches)     # read in this thread
         return itertools.chain.from_iterable(cores.in_turn(lambda some: decode_batch(*some, max_side), sources))
     loader = DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers)

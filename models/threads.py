@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-MOST_THREADS = 8         # each holds a decoded batch and the networks' working memory
+MOST_THREADS = 8         # each holds decoded batches and the networks' working memory
 MOST_WAITING = 2         # results that may wait for a slow one before them
 M_ARENA_MAX = -8         # of glibc's malloc.h
 
@@ -39,7 +39,7 @@ class Cores:
         """function(item) of each item, in their order; a result does not depend on the number of threads.
 
         A result is handed over when the threads have enough to do, so that they work on while the caller uses it.
-        Items and results in memory are MOST_WAITING more than there are threads, and one.
+        Items and results of this step in memory are MOST_WAITING more than there are threads, and one.
         """
         if self.threads == 1:
             yield from map(function, items)

@@ -205,7 +205,8 @@ def test_a_digest_is_that_of_the_names_alone():
 
 def test_a_huge_picture_is_reduced_while_decoding(tmp_path, detector, monkeypatch):
     asked = []
-    monkeypatch.setattr("models.faceset.load_photos", lambda *args, **_: asked.append(args[2:4]) or iter(()))
+    monkeypatch.setattr("models.faceset.load_photos",
+                        lambda *args, cores=None: asked.append((*args[2:4], cores is not None)) or iter(()))
     monkeypatch.setattr("models.faceset.can_share", lambda: False)
     list(align_set(["a.jpg"], False, detector, WHOLE, 8, workers=4))
-    assert asked == [(0, 3000)]
+    assert asked == [(0, 3000, True)]

@@ -1,10 +1,12 @@
 """Listing and decoding: every picture is found in order, and decodes or says why not."""
+import gc
 import io
 import os
 import pickle
 import tarfile
 import threading
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -237,7 +239,15 @@ def test_padding_is_bounded():
     assert group_sizes([torch.empty(3, 112, 112)] * 5) == [[0, 1, 2, 3, 4]]
 
 
-def test_workers_change_nothing(tmp_path):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_workers_change_nothing(tmp_path, two_threads):
     for i in range(10):
         picture(20 + i, 30, seed=i).save(tmp_path / f"{i}.png")
     photos = [str(tmp_path / name) for name in walk_images(tmp_path)]
@@ -251,7 +261,7 @@ def test_workers_change_nothing(tmp_path):
             assert [batch.positions for batch in few] == [[8, 9]]
 
 
-def test_threads_decode_and_this_one_reads_the_index(tmp_path, monkeypatch):
+def test_threads_decode_and_this_one_reads_the_index(tmp_path, monkeypatch, two_threads):
     """An index has one file position; threads that read at a time would get each other's names."""
     (tmp_path / "in").mkdir()
     for i in range(9):
@@ -261,14 +271,32 @@ def test_threads_decode_and_this_one_reads_the_index(tmp_path, monkeypatch):
     for name, what, function in (("read", PhotoIndex, PhotoIndex.read), ("decode", images, images.decode_photo)):
         monkeypatch.setattr(what, function.__name__, lambda *args, name=name, function=function:
                             threads[name].add(threading.current_thread().name) or function(*args))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
     with Cores(torch.device("cpu")) as cores:
         batches = list(load_photos(index, 2, 0, cores=cores))
-    torch.set_num_threads(before)
     assert [batch.positions for batch in batches] == [[0, 1], [2, 3], [5], [6, 7], [8]]
     assert [(position, status) for position, status, _ in batches[2].failures] == [(4, "unreadable")]
-    assert threads["read"] == {threading.current_thread().name} and not threads["read"] & threads["decode"]
+    assert threads["read"] == {threading.current_thread().name}
+    assert threads["decode"] and not threads["read"] & threads["decode"]
+
+
+def test_a_picture_that_is_not_to_be_read_keeps_no_other_in_memory():
+    class Photos(list):
+        def __getitem__(self, i):
+            if i == 1:
+                raise PhotoError("exists", "its crop is there")
+            return super().__getitem__(i)
+
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    gc.disable()
+    try:
+        batch, = load_photos(Photos([buffer.getvalue()] * 3), 3, 0)
+        images_of_it = weakref.ref(batch.images)
+        assert (batch.positions, batch.failures) == ([0, 2], [(1, "exists", "its crop is there")])
+        del batch
+        assert images_of_it() is None
+    finally:
+        gc.enable()
 
 
 def test_index_works_in_workers(tmp_path):
