@@ -332,8 +332,8 @@ def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
         images = images.to(device)
         faces = detector.detect(images, sizes)
         align_faces(images, sizes.to(device), faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
-        return [Faces(*(value[faces.image_index == k].cpu() for value in vars(faces).values()))
-                for k in range(len(batch))]
+        faces = Faces(*(value.cpu() for value in vars(faces).values()))
+        return [faces.take(faces.image_index == k) for k in range(len(batch))]
 
     found = {}
     with Cores(device) as cores:

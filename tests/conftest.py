@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,3 +66,12 @@ def drawn_set(tmp_path) -> Path:
                 draw_crop(label, 100 * len(split) + i).save(folder / f"{label}_{i}.png")
     (root / "faceset.json").write_text('{"classes": ["White", "Black", "Asian", "Indian"], "aligned": true}')
     return root
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch computes in two threads, however many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

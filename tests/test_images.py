@@ -239,14 +239,6 @@ def test_padding_is_bounded():
     assert group_sizes([torch.empty(3, 112, 112)] * 5) == [[0, 1, 2, 3, 4]]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_workers_change_nothing(tmp_path, two_threads):
     for i in range(10):
         picture(20 + i, 30, seed=i).save(tmp_path / f"{i}.png")

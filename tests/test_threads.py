@@ -9,14 +9,7 @@ import torch
 from models.threads import MOST_WAITING, Cores
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def in_turn(function, items, device=CPU):
