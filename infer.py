@@ -45,6 +45,7 @@ from models.pipeline import (
     count_files,
     csv_line,
     decode_workers,
+    network_batch,
     read_predictions,
 )
 from models.ranks import (
@@ -229,8 +230,8 @@ def choose_settings(args, run: Run, device: torch.device) -> Settings:
     workers = args.num_workers
     if workers is None:
         workers = decode_workers(count_files(len(run.photos), run.todo), local_share(cli.worker_count()), device)
-    batch_size = args.batch_size or (256 if device.type == "cuda" else 64)
-    return Settings(args.align, args.faces, args.flip, batch_size, workers, args.max_side, args.visualize)
+    return Settings(args.align, args.faces, args.flip, args.batch_size or network_batch(device), workers,
+                    args.max_side, args.visualize)
 
 
 def load_networks(checkpoint: Checkpoint, settings: Settings, min_face_size: float,

@@ -66,7 +66,7 @@ from models.images import (  # noqa: E402
     load_photos,
 )
 from models.mtcnn import MTCNN, Faces  # noqa: E402
-from models.pipeline import DECODE_BATCH, Labeller, read_predictions  # noqa: E402
+from models.pipeline import DECODE_BATCH, Labeller, network_batch, read_predictions  # noqa: E402
 from models.threads import Cores  # noqa: E402
 
 FACE_SIZES = (20, 40)           # smallest face, pixels
@@ -420,13 +420,13 @@ def bench_classify(bench: Bench) -> Result:
     paths = bench.crops(sizes.crops, TEMPLATE_SIZE)
     folder, plain_out = str(Path(paths[0]).parent), bench.folder / "plain_crops.csv"
     labeller, plain = Labeller(bench.checkpoint, bench.device), baseline.PlainClassifier(bench.checkpoint, bench.device)
-    batch = 256 if bench.device.type == "cuda" else 64
     some = torch.cat([b.images for b in load_photos(paths, DECODE_BATCH, 0)])
-    ready = list(crop_views(some, spec.window, spec.input_size, spec.template).to(bench.device).split(batch))
+    views = crop_views(some, spec.window, spec.input_size, spec.template).to(bench.device)
+    ready = views.split(network_batch(bench.device))
     workers = infer.decode_workers(len(paths), cli.worker_count(), bench.device)
     ours, alone, decoded, other = figures = take_turns("aligned crops", {
         "ours, files to predictions.csv": (lambda _: label_folder(bench, folder, labeller, None), paths),
-        "network alone, ready tensors": (lambda _: [labeller.probs(views) for views in ready], paths),
+        "network alone, ready tensors": (lambda _: label_ready(ready, labeller), paths),
         "decoding alone": (lambda _: decode_all(paths, workers, bench.device), paths),
         "one file after another": (lambda items: baseline.label_crops(list(map(Path, items)), plain_out, plain),
                                    paths[::len(paths) // sizes.plain_crops][:sizes.plain_crops])},
@@ -438,6 +438,13 @@ def bench_classify(bench: Bench) -> Result:
     result.agreement["aligned crops"] = same_labels(bench.folder / "out" / "predictions.csv", plain_out)
     result.bars += agreement_bars("aligned crops", result.agreement["aligned crops"])
     return result
+
+
+def label_ready(ready: tuple[Tensor, ...], labeller: Labeller) -> None:
+    """Runs the network over ready views as infer.py does, nothing else."""
+    with Cores(labeller.device) as cores:
+        for _ in cores.in_turn(labeller.probs, ready):
+            pass
 
 
 def decode_all(paths: list[str], workers: int, device: torch.device) -> None:

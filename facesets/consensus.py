@@ -45,6 +45,7 @@ from models.pipeline import (  # noqa: E402
     count_chunks,
     count_files,
     decode_workers,
+    network_batch,
     quoted,
 )
 from models.ranks import (  # noqa: E402
@@ -413,8 +414,8 @@ def label_sample(photos: Sample, checkpoint, folder: Path, rank: int, world_size
     n_files, workers = count_files(len(photos), mine), args.num_workers
     if workers is None:
         workers = decode_workers(n_files, local_share(cli.worker_count()), device)
-    settings = Settings(args.align, "largest", batch_size=args.batch_size or (256 if device.type == "cuda" else 64),
-                        workers=workers, max_side=args.max_side)
+    settings = Settings(args.align, "largest", batch_size=args.batch_size or network_batch(device), workers=workers,
+                        max_side=args.max_side)
     detector = None if args.align == "never" else MTCNN(min_face_size=args.min_face_size).to(device)
     labeller = Labeller(checkpoint, device)
     with tqdm(total=n_files, unit=" pictures", disable=rank != 0, smoothing=0.05) as bar:

@@ -102,7 +102,7 @@ def add_labelling_flags(parser: Parser) -> None:
     parser.add_argument("--align", choices=("auto", "always", "never"), default="auto", help="auto: pictures of "
                         "exactly 112 x 112 are finished crops; never: all are, at any resolution (%(default)s)")
     parser.add_argument("--batch_size", type=positive_int, metavar="N",
-                        help="views a call of the network (CPU 64, CUDA 256)")
+                        help="views a call of the network (CPU 16, CUDA 256)")
     add_photo_flags(parser)
 
 

@@ -36,7 +36,7 @@ class Settings:
     align: str = "auto"
     faces: str = "largest"
     flip: bool = False
-    batch_size: int = 64
+    batch_size: int = 16
     workers: int = 0
     max_side: int | None = 3000
     crops: bool = False
@@ -108,6 +108,11 @@ def count_files(n_files: int, chunks: Iterable[int]) -> int:
     """Files in some chunks of a list of n_files."""
     size = chunk_size(n_files)
     return sum(min(size, n_files - chunk * size) for chunk in chunks)
+
+
+def network_batch(device: torch.device) -> int:
+    """Default number of views in one call of a network: on a CPU as many as its caches hold the activations of."""
+    return 256 if device.type == "cuda" else 16
 
 
 def decode_workers(n_files: int, cores: int, device: torch.device) -> int:
