@@ -513,7 +513,7 @@ def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe:
             views, targets = mix_up(views, targets, chance.betavariate(0.4, 0.4))
         with torch.autocast(args.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
             outputs = network(views).float()
-        loss = distance(outputs, targets, len(training.model.spec.classes), recipe.label_smoothing)
+        loss = combined_loss(outputs, targets, len(training.model.spec.classes), recipe.label_smoothing)
         training.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         training.optimizer.step()
@@ -530,8 +530,11 @@ def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe:
     return (totals[0] / totals[1].clamp(min=1)).item()
 
 
-def distance(outputs: Tensor, targets: Tensor, n_classes: int, label_smoothing: float) -> Tensor:
-    """What training lessens, of rows (B, C + D): the classes' cross-entropy, and the others' mean squared error."""
+def combined_loss(outputs: Tensor, targets: Tensor, n_classes: int, label_smoothing: float) -> Tensor:
+    """Of rows (B, C + D): the cross-entropy of the classes, and the weighted mean squared error of the embeddings.
+
+    A teacher's features as hints: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
+    """
     loss = F.cross_entropy(outputs[:, :n_classes], targets[:, :n_classes], label_smoothing=label_smoothing)
     if outputs.shape[1] > n_classes:
         loss = loss + HINT_WEIGHT * F.mse_loss(outputs[:, n_classes:], targets[:, n_classes:])
