@@ -10,14 +10,12 @@ Writes  --out (weights, spec and calibration), <out stem>.log.jsonl (a line an e
 import copy
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,7 +38,6 @@ from models.ranks import from_first, leave_distributed, moved_in, start_distribu
 FEWEST_PERSONS = 5      # folders per class from which on a picture's folder is taken for a person's
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 TEACHER_SHARE = 0.5     # of each target that comes from --teacher; the label makes up the rest
-HINT_WEIGHT = 5.0       # of the error in telling --embeddings, beside the loss of the classes
 WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
 AVERAGE_EVERY = 4       # steps between two updates of the weight average, which take a fiftieth of a step on a CPU
 
@@ -75,10 +72,9 @@ RECIPES = {
 # ---------------------------------------------------------------------------------------------------------- the data
 @dataclass
 class Crops:
-    """A set in memory: whole-template crops (N, 3, R, R) uint8, labels (N,) int64, and targets (N, C + D) float32.
+    """A set in memory: whole-template crops (N, 3, R, R) uint8, their labels (N,) int64, and targets (N, C) float32.
 
-    A target is what training aims at: the label as a one-hot row, or mixed with what a teacher says; then the D numbers
-    of the picture's embedding, none without --embeddings.
+    A target is what training aims at: the label as a one-hot row, or mixed with what a teacher says.
     """
     crops: Tensor
     labels: Tensor
@@ -147,31 +143,9 @@ def read_sets(args) -> tuple[list[FaceSet], list[FaceSet]]:
     return train, val
 
 
-def read_embeddings(sets: list[FaceSet], args) -> list[Tensor]:
-    """What --embeddings holds of the pictures of each set, (n, D) float32; over all of them mean 0 and deviation 1."""
-    if not args.embeddings:
-        return [torch.zeros(len(faces), 0) for faces in sets]
-    try:
-        with np.load(args.embeddings) as table:
-            files, vectors = table["files"].tolist(), torch.from_numpy(table["embeddings"])
-    except (OSError, ValueError, KeyError) as error:
-        args.parser.error(f"--embeddings {args.embeddings}: wants the arrays files and embeddings ({error})")
-    row, rows = {os.path.abspath(file): i for i, file in enumerate(files)}, []
-    for path in (path for faces in sets for path in faces.paths()):
-        if os.path.abspath(path) not in row:
-            args.parser.error(f"--embeddings {args.embeddings}: has nothing of {path}")
-        rows.append(row[os.path.abspath(path)])
-    vectors = vectors[rows].float()
-    deviation, mean = torch.std_mean(vectors[vectors.isfinite().all(1)], 0)        # nan: pictures that cannot be read
-    return list(((vectors - mean) / deviation.clamp(min=1e-6)).split([len(faces) for faces in sets]))
-
-
-def load_crops(sets: list[FaceSet], resolution: int, args, what: str, hints: list[Tensor] | None = None) -> Crops:
-    """Every picture of the sets as a whole-template crop, aligned on the fly where it is no finished crop.
-
-    hints: what read_embeddings has of them.
-    """
-    crops, labels, targets = [], [], []
+def load_crops(sets: list[FaceSet], resolution: int, args, what: str) -> Crops:
+    """Every picture of the sets as a whole-template crop, aligned on the fly where it is no finished crop."""
+    crops, labels = [], []
     detector = MTCNN(min_face_size=40).to(args.device)
     for i, faces in enumerate(sets):
         part = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
@@ -184,9 +158,9 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str, hints: lis
                 tqdm.write(f"left out: {faces.files[position]}: {status}: {reason}")
         crops.append(part if good.all() else part[good])
         labels.append(faces.labels[good])
-        wanted = F.one_hot(labels[i], len(faces.classes)).float()
-        targets.append(torch.cat([wanted, hints[i][good]], 1) if hints else wanted)
-    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), torch.cat(labels), torch.cat(targets))
+    labels = torch.cat(labels)
+    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), labels,
+                 F.one_hot(labels, len(sets[0].classes)).float())
 
 
 def read_teacher(spec: FaceSpec, args) -> Checkpoint:
@@ -397,16 +371,11 @@ def speed_up_small_maps(model: FaceClassifier) -> None:
                 setattr(module, name, fast)
 
 
-def start_training(spec: FaceSpec, recipe: Recipe, args, n_hints: int = 0) -> Training:
-    """Model, average and optimizer at epoch 0; the same on every rank, for the seed is.
-
-    n_hints: numbers that the last layer is to tell of each picture beside its class.
-    """
+def start_training(spec: FaceSpec, recipe: Recipe, args) -> Training:
+    """Model, average and optimizer at epoch 0; the same on every rank, for the seed is."""
     torch.manual_seed(args.seed)
     model = FaceClassifier(spec)
     initialise(model, args.init)
-    if n_hints:
-        widen(model, n_hints)
     speed_up_small_maps(model)
     model = model.to(args.device, memory_format=torch.channels_last)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -439,20 +408,6 @@ def initialise(model: FaceClassifier, init: str) -> None:
     own = model.backbone.state_dict()           # torchvision's file has no batch counters, and a head of a thousand
     model.backbone.load_state_dict({key: weights[key] if key in weights and weights[key].shape == value.shape else value
                                     for key, value in own.items()})
-
-
-def widen(model: FaceClassifier, n_hints: int) -> None:
-    """Adds outputs to the last layer, after those of the classes."""
-    old, n_classes = model.backbone.fc, len(model.spec.classes)
-    model.backbone.fc = nn.Linear(old.in_features, n_classes + n_hints)
-    with torch.no_grad():
-        model.backbone.fc.weight[:n_classes], model.backbone.fc.bias[:n_classes] = old.weight, old.bias
-
-
-def classes_alone(model: FaceClassifier) -> dict[str, Tensor]:
-    """The ResNet-18's weights without what `widen` has added."""
-    n_classes, weights = len(model.spec.classes), model.backbone.state_dict()
-    return weights | {name: weights[name][:n_classes].clone() for name in ("fc.weight", "fc.bias")}
 
 
 def fastest_format(model: FaceClassifier, recipe: Recipe, device: torch.device) -> torch.dtype | None:
@@ -512,8 +467,7 @@ def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe:
         if chance.random() < recipe.mixup:
             views, targets = mix_up(views, targets, chance.betavariate(0.4, 0.4))
         with torch.autocast(args.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
-            outputs = network(views).float()
-        loss = combined_loss(outputs, targets, len(training.model.spec.classes), recipe.label_smoothing)
+            loss = F.cross_entropy(network(views).float(), targets, label_smoothing=recipe.label_smoothing)
         training.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         training.optimizer.step()
@@ -528,17 +482,6 @@ def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe:
     if not totals.isfinite().all():
         raise FloatingPointError(f"the training loss is not finite in epoch {epoch + 1}; a lower --lr may help")
     return (totals[0] / totals[1].clamp(min=1)).item()
-
-
-def combined_loss(outputs: Tensor, targets: Tensor, n_classes: int, label_smoothing: float) -> Tensor:
-    """Of rows (B, C + D): the cross-entropy of the classes, and the weighted mean squared error of the embeddings.
-
-    A teacher's features as hints: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
-    """
-    loss = F.cross_entropy(outputs[:, :n_classes], targets[:, :n_classes], label_smoothing=label_smoothing)
-    if outputs.shape[1] > n_classes:
-        loss = loss + HINT_WEIGHT * F.mse_loss(outputs[:, n_classes:], targets[:, n_classes:])
-    return loss
 
 
 @torch.no_grad()
@@ -561,9 +504,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 @torch.inference_mode()
 def predict(model: FaceClassifier, views: Tensor, args) -> Tensor:
     """Logits (n, C) float32 of this rank's share of the views, pictures rank, rank + world_size, ..."""
-    mine, n_classes = views[args.rank::args.world_size], len(model.spec.classes)
-    return torch.cat([model(part.to(args.device))[:, :n_classes].float().cpu()
-                      for part in mine.split(network_batch(args.device))])
+    mine = views[args.rank::args.world_size]
+    return torch.cat([model(part.to(args.device)).float().cpu() for part in mine.split(network_batch(args.device))])
 
 
 def validate(model: FaceClassifier, views: Tensor, labels: Tensor, args) -> tuple[float, Tensor]:
@@ -633,7 +575,7 @@ def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, r
     if keep:
         about = {"epoch": figures["epoch"], "best": figures, "args": args.shown, "recipe": asdict(recipe),
                  "train_files": args.train_files}
-        save_checkpoint(args.out, Checkpoint(validated.spec, classes_alone(validated), None, about))
+        save_checkpoint(args.out, Checkpoint(validated.spec, validated.backbone.state_dict(), None, about))
     save_atomically(training.state() | {"args": args.shown}, args.resume_file)
 
 
@@ -699,8 +641,6 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--init", default="random", metavar="random|imagenet|FILE")
     parser.add_argument("--teacher", metavar="FILE", help="checkpoint of the same classes to learn from as well: its "
                         "probabilities make up half of each target")
-    parser.add_argument("--embeddings", metavar="FILE", help="what another network sees in the training pictures, by "
-                        "facesets/face_embeddings.py, which the network learns to tell too, until training ends")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
     parser.add_argument("--device", type=cli.device, default="auto")
@@ -726,8 +666,7 @@ def check_outputs(args) -> None:
     if not args.resume_file.is_file():
         args.parser.error(f"--resume: there is no {args.resume_file} to go on from")
     begun = torch.load(args.resume_file, map_location="cpu", weights_only=True, mmap=True)["args"]
-    for name in ("data", "class_map", "recipe", "epochs", "batch_size", "lr", "val_share", "seed", "init", "teacher",
-                 "embeddings"):
+    for name in ("data", "class_map", "recipe", "epochs", "batch_size", "lr", "val_share", "seed", "init", "teacher"):
         if begun.get(name) != args.shown[name]:
             args.parser.error(f"--resume: {args.resume_file} was begun with another --{name} "
                               f"({begun.get(name)}, now {args.shown[name]})")
@@ -744,18 +683,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train_sets, val_sets = read_sets(args)
         spec = FaceSpec(train_sets[0].classes, TEMPLATE, recipe.window, side)
-        hints = read_embeddings(train_sets, args)
-        training = start_training(spec, recipe, args, hints[0].shape[1])
+        training = start_training(spec, recipe, args)
     except FaceSetError as error:
         args.parser.error(f"--data: {error}")
     except CheckpointError as error:
         args.parser.error(f"--init {args.init}: {error}")
     teacher = args.teacher and read_teacher(spec, args)
     args.train_files = {root: faceset_digest(faces.files) for root, faces in zip(args.data, train_sets, strict=True)}
-    train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train", hints)
+    train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train")
     val = load_crops(val_sets, VAL_CROP, args, "validation")
     if teacher:
-        train.targets[:, :len(spec.classes)].lerp_(teach(teacher, train.crops, args), TEACHER_SHARE)
+        train.targets.lerp_(teach(teacher, train.crops, args), TEACHER_SHARE)
     args.on_device = args.device.type == "cuda" and fits(train.crops, args.device)
     if args.resume:
         training.restore(torch.load(args.resume_file, map_location=args.device, weights_only=True))

@@ -19,7 +19,6 @@ import train
 from models.align import TEMPLATE, crop_views
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import FaceSpec
-from models.faceset import read_faceset
 
 WINDOW = (14, 24, 98, 108)
 SMALL = train.Recipe(WINDOW, ((0.5, 32), (1.0, 40)), "cosine", 1, 0.05, 0.05, 0.3, 0.9, True, "best")
@@ -292,61 +291,6 @@ def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
     assert not torch.equal(shown[0], crop_views(crops, WINDOW, 40))
 
 
-def write_embeddings(path, sets, leave_out: int = 0) -> None:
-    """Vectors that hold the label and nothing else, by three numbers far from mean 0 and deviation 1."""
-    labels = torch.cat([faces.labels for faces in sets]).numpy()
-    files = [file for faces in sets for file in faces.paths()]
-    vectors = np.stack([labels * 10 + 5, 3 - labels, labels == 1], 1).astype(np.float32)
-    np.savez(path, files=np.array(files[leave_out:]), embeddings=vectors[leave_out:])
-
-
-def test_embeddings_are_learnt_beside_the_classes_and_no_part_of_the_checkpoint(drawn_set, tmp_path, small_recipe,
-                                                                                monkeypatch):
-    write_embeddings(tmp_path / "e.npz", [read_faceset(drawn_set, "train")])
-    seen, real = [], train.run_epochs
-    monkeypatch.setattr(train, "run_epochs", lambda training, recipe, crops, *rest: (
-        seen.extend([training, crops]), real(training, recipe, crops, *rest)))
-    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "8", "--batch_size", "16", "--vis_dir",
-        str(tmp_path), "--embeddings", str(tmp_path / "e.npz"))
-    training, crops = seen
-    hints = crops.targets[:, 4:]
-    assert hints.shape[1] == 3 and torch.equal(crops.targets[:, :4].argmax(1), crops.labels)
-    assert hints.mean(0).abs().max() < 1e-5 and (hints.std(0) - 1).abs().max() < 1e-5
-    views = crop_views(crops.crops, WINDOW, 40)
-    with torch.inference_mode():
-        told = training.model.eval()(views)
-    assert torch.nn.functional.mse_loss(told[:, 4:], hints) < 0.5               # 1 for one who knows nothing
-    kept = weights(tmp_path / "a.pt")
-    assert kept["fc.weight"].shape == (4, 512) and kept["fc.bias"].shape == (4,)
-    assert load_checkpoint(tmp_path / "a.pt").calibration is not None
-
-
-def test_more_outputs_leave_the_classes_as_they_were():
-    model = train.FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 40)).eval()
-    views = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
-    before, alone = model(views), train.classes_alone(model)
-    train.widen(model, 5)
-    assert model(views).shape == (3, 7) and torch.allclose(model(views)[:, :2], before, atol=1e-6)
-    assert all(torch.equal(alone[name], value) for name, value in train.classes_alone(model).items())
-
-
-def test_unreadable_pictures_have_no_say_in_what_embeddings_are_scaled_by(drawn_set, tmp_path):
-    faces = read_faceset(drawn_set, "train")
-    vectors = np.random.default_rng(0).normal(7, 3, (len(faces), 2)).astype(np.float32)
-    vectors[4] = np.nan
-    np.savez(tmp_path / "e.npz", files=np.array(faces.paths()), embeddings=vectors)
-    hints, = train.read_embeddings([faces], train.parse_args(["--embeddings", str(tmp_path / "e.npz")]))
-    others = torch.cat([hints[:4], hints[5:]])
-    assert hints[4].isnan().all() and others.mean(0).abs().max() < 1e-5 and (others.std(0) - 1).abs().max() < 1e-5
-
-
-def test_embeddings_that_lack_a_picture_are_an_error(drawn_set, tmp_path, capsys):
-    write_embeddings(tmp_path / "e.npz", [read_faceset(drawn_set, "train")], leave_out=1)
-    with pytest.raises(SystemExit) as stop:
-        run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--embeddings", str(tmp_path / "e.npz"))
-    assert stop.value.code == 2 and "e.npz: has nothing of" in capsys.readouterr().err
-
-
 def test_small_maps_in_bfloat16_give_the_same_gradients():
     torch.manual_seed(0)
     plain = train.FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 48)).to(memory_format=torch.channels_last)
@@ -409,8 +353,6 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
     (["--init", "nowhere.pt", "--data", "DRAWN"], "--init nowhere.pt: no such file"),
     (["--teacher", "nowhere.pt", "--data", "DRAWN"], "--teacher nowhere.pt: no such file"),
     (["--teacher", "OUT", "--data", "DRAWN"], "--out would replace it"),
-    (["--embeddings", "nowhere.npz", "--data", "DRAWN"], "--embeddings nowhere.npz: wants the arrays files and"),
-    (["--embeddings", __file__, "--data", "DRAWN"], "wants the arrays files and embeddings"),
     (["--resume", "--data", "DRAWN"], "--resume: there is no"),
     (["--epochs", "0"], "--epochs: wants a whole number of at least 1"),
     (["--lr", "minus"], "--lr: wants a number above 0"),
