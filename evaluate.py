@@ -33,7 +33,7 @@ from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
 from models.calibration import Calibration, class_thresholds, fit_calibration, set_thresholds
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier
-from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_about, read_faceset
+from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_about, read_faceset, read_manifest
 from models.images import decode_photo
 from models.metrics import (
     calibration_error,
@@ -54,7 +54,6 @@ from models.shares import draw_shares, estimate_shares, format_shares
 CKPT = "checkpoints/resnet18_utk.pt"            # in the project, wherever the command is run
 AGE_BANDS = (0, 10, 20, 30, 40, 60)             # lower ends, years
 GENDERS = {"0": "male", "1": "female"}          # as UTKFace's file names have it
-MANIFEST_COLUMNS = {"file", "split", "age", "gender", "aligned_by", "duplicate_group"}
 BEFORE, AFTER = "#999999", "#1f6fb2"
 
 
@@ -200,20 +199,6 @@ def recompress(crops: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- the manifest
-def read_manifest(root: str | Path, files: list[str]) -> dict[str, dict[str, str]]:
-    """Rows of the builder's manifest.csv by file; empty where there is none, or where it does not know the files."""
-    path = Path(root) / "manifest.csv"
-    if not path.is_file():
-        return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = {row["file"]: row for row in reader} if set(reader.fieldnames or ()) >= MANIFEST_COLUMNS else {}
-    unknown = next((file for file in files if file not in rows), None)
-    if unknown:
-        print(f"{path} has no row for {unknown}: no figures by age, gender and twins")
-    return {} if unknown else rows
-
-
 def with_manifest(answers: Answers, manifest: dict[str, dict[str, str]]) -> Answers:
     """The same, with the builder's word on which finished crops were aligned without a detected face."""
     if not manifest:

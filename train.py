@@ -7,6 +7,7 @@ Writes  --out (weights, spec and calibration), <out stem>.log.jsonl (a line an e
     python train.py --data data/utk_races --out checkpoints/resnet18_utk.pt
     torchrun --nproc_per_node=2 train.py --data data/utk_races
 """
+import bisect
 import copy
 import json
 import math
@@ -29,7 +30,7 @@ from models.calibration import fit_calibration
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
 from models.duplicates import group_files
-from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_faceset
+from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_faceset, read_manifest
 from models.metrics import confusion_matrix
 from models.mtcnn import MTCNN
 from models.pipeline import Labeller, network_batch
@@ -39,6 +40,8 @@ FEWEST_PERSONS = 5      # folders per class from which on a picture's folder is 
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 TEACHER_SHARE = 0.5     # of each target that comes from --teacher; the label makes up the rest
 WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
+AGES = (0, 5, 10, 18, 26, 34, 44, 56, 70)   # lower ends of the age bands that are learnt, years
+GENDERS = ("0", "1")    # as UTKFace's file names have them
 AVERAGE_EVERY = 4       # steps between two updates of the weight average, which take a fiftieth of a step on a CPU
 
 
@@ -53,28 +56,31 @@ class Recipe:
     label_smoothing: float
     mixup: float                            # share of the batches that are mixed, Beta(0.4, 0.4)
     average: float                          # decay of the weight average per step; 0 keeps the plain weights
+    side: float                             # weight of the losses of age and gender, learnt too where they are known
     augment: bool                           # geometry, colour, blur and erasing; else random shift and flip alone
     choose: str                             # 'best' epoch on validation, or the 'last' one
 
 
 # Chosen on validation; visualizations/experiments.csv has what else was tried.
-DEFAULT = Recipe((16, 30, 96, 110), ((0.2, 72), (0.5, 88), (1.0, 104)), "cosine", 2, 0.05, 0.05, 0.3, 0.998, True,
-                 "best")
+DEFAULT = Recipe((16, 30, 96, 110), ((0.2, 72), (0.5, 88), (1.0, 104)), "cosine", 2, 0.05, 0.05, 0.3, 0.998,
+                 0.2, True, "best")
 RECIPES = {
     "default": DEFAULT,
     # A second run from the weights of a first one (--init), at a larger input; made for --epochs 12 --lr 0.0005.
-    "refine": replace(DEFAULT, sizes=((0.34, 104), (1.0, 128)), warmup_epochs=1),
+    "refine": replace(DEFAULT, sizes=((0.34, 104), (1.0, 128)), warmup_epochs=1, side=0.0),
     # EthnicityRecognition-UTKFaces: chip at 128, random crop of 104 and flip, Adam, StepLR(20), last epoch.
-    "published": Recipe((20, 34, 93.2, 107.2), ((1.0, 104),), "step", 0, 0.0, 0.0, 0.0, 0.0, False, "last"),
+    "published": Recipe((20, 34, 93.2, 107.2), ((1.0, 104),), "step", 0, 0.0, 0.0, 0.0, 0.0, 0.0, False,
+                        "last"),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
 @dataclass
 class Crops:
-    """A set in memory: whole-template crops (N, 3, R, R) uint8, their labels (N,) int64, and targets (N, C) float32.
+    """A set in memory: whole-template crops (N, 3, R, R) uint8, their labels (N,) int64, and targets (N, T) float32.
 
-    A target is what training aims at: the label as a one-hot row, or mixed with what a teacher says.
+    A target is what training aims at: the label as a one-hot row, or mixed with what a teacher says; then, in sets to
+    train on, age band and gender as one-hot rows too, zeros where they are unknown.
     """
     crops: Tensor
     labels: Tensor
@@ -143,9 +149,22 @@ def read_sets(args) -> tuple[list[FaceSet], list[FaceSet]]:
     return train, val
 
 
+def side_targets(faces: FaceSet) -> Tensor:
+    """Age band and gender of a set's pictures as one-hot rows (N, 9 + 2); zeros where its manifest.csv has none."""
+    targets = torch.zeros(len(faces), len(AGES) + len(GENDERS))
+    manifest = read_manifest(faces.root, faces.files)
+    for row, file in enumerate(faces.files if manifest else ()):
+        age, gender = manifest[file]["age"], manifest[file]["gender"]
+        if age.isdecimal():
+            targets[row, bisect.bisect_right(AGES, int(age)) - 1] = 1
+        if gender in GENDERS:
+            targets[row, len(AGES) + GENDERS.index(gender)] = 1
+    return targets
+
+
 def load_crops(sets: list[FaceSet], resolution: int, args, what: str) -> Crops:
     """Every picture of the sets as a whole-template crop, aligned on the fly where it is no finished crop."""
-    crops, labels = [], []
+    crops, labels, side = [], [], []
     detector = MTCNN(min_face_size=40).to(args.device)
     for i, faces in enumerate(sets):
         part = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
@@ -158,9 +177,10 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str) -> Crops:
                 tqdm.write(f"left out: {faces.files[position]}: {status}: {reason}")
         crops.append(part if good.all() else part[good])
         labels.append(faces.labels[good])
+        side.append(side_targets(faces)[good])
     labels = torch.cat(labels)
-    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), labels,
-                 F.one_hot(labels, len(sets[0].classes)).float())
+    targets = torch.cat([F.one_hot(labels, len(sets[0].classes)).float(), torch.cat(side)], 1)
+    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), labels, targets)
 
 
 def read_teacher(spec: FaceSpec, args) -> Checkpoint:
@@ -376,6 +396,8 @@ def start_training(spec: FaceSpec, recipe: Recipe, args) -> Training:
     torch.manual_seed(args.seed)
     model = FaceClassifier(spec)
     initialise(model, args.init)
+    if recipe.side:
+        widen_head(model)
     speed_up_small_maps(model)
     model = model.to(args.device, memory_format=torch.channels_last)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -410,6 +432,22 @@ def initialise(model: FaceClassifier, init: str) -> None:
                                     for key, value in own.items()})
 
 
+def widen_head(model: FaceClassifier) -> None:
+    """Gives the last layer outputs for age and gender behind those of the classes, which stay as they are."""
+    classes = model.backbone.fc
+    wide = nn.Linear(classes.in_features, classes.out_features + len(AGES) + len(GENDERS))
+    with torch.no_grad():
+        wide.weight[:classes.out_features], wide.bias[:classes.out_features] = classes.weight, classes.bias
+    model.backbone.fc = wide
+
+
+def class_weights(model: FaceClassifier) -> dict[str, Tensor]:
+    """The network's weights without the outputs of widen_head, which no one asks for once it is trained."""
+    n_classes = len(model.spec.classes)
+    return {key: value[:n_classes] if key.startswith("fc.") else value
+            for key, value in model.backbone.state_dict().items()}
+
+
 def fastest_format(model: FaceClassifier, recipe: Recipe, device: torch.device) -> torch.dtype | None:
     """bfloat16 on CUDA, and on a CPU where it beats float32 in a quick check of the network itself; None is float32.
 
@@ -438,13 +476,28 @@ def learning_rate(step: int, steps_per_epoch: int, epochs: int, recipe: Recipe, 
 
 
 def train_batches(data: Crops, epoch: int, args) -> Iterator[tuple[Tensor, Tensor]]:
-    """(crops (B, 3, R, R) uint8, targets (B, C) float32) of this rank's share of one epoch's order, on the device."""
+    """(crops (B, 3, R, R) uint8, targets (B, T) float32) of this rank's share of one epoch's order, on the device."""
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
     order = order[:len(order) // args.world_size * args.world_size][args.rank::args.world_size]
     for rows in order.split(args.batch_size):
         if len(rows) > 1:                                           # batch norm has no statistics of a single picture
             yield (data.crops.index_select(0, rows.to(data.crops.device)).to(args.device, non_blocking=True),
                    data.targets[rows.to(data.targets.device)].to(args.device, non_blocking=True))
+
+
+def training_loss(outputs: Tensor, targets: Tensor, n_classes: int, recipe: Recipe) -> Tensor:
+    """Cross-entropy of the classes and, weighted by recipe.side, of age and gender: outputs, targets (B, T) -> ().
+
+    What is unknown, a target of zeros, costs nothing and moves nothing.
+    """
+    parts = (n_classes, len(AGES), len(GENDERS)) if recipe.side else (n_classes,)
+    loss = outputs.new_zeros(())
+    for weight, some, aim in zip((1.0, recipe.side, recipe.side), outputs.split(parts, 1),
+                                 targets[:, :sum(parts)].split(parts, 1), strict=False):
+        known = aim.sum(1, keepdim=True)
+        smooth = aim.lerp(known / aim.shape[1], recipe.label_smoothing)
+        loss = loss + weight * F.cross_entropy(some, smooth)
+    return loss
 
 
 def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe: Recipe, side: int, args) -> float:
@@ -467,7 +520,7 @@ def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe:
         if chance.random() < recipe.mixup:
             views, targets = mix_up(views, targets, chance.betavariate(0.4, 0.4))
         with torch.autocast(args.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
-            loss = F.cross_entropy(network(views).float(), targets, label_smoothing=recipe.label_smoothing)
+            loss = training_loss(network(views).float(), targets, len(training.model.spec.classes), recipe)
         training.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         training.optimizer.step()
@@ -505,7 +558,9 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 def predict(model: FaceClassifier, views: Tensor, args) -> Tensor:
     """Logits (n, C) float32 of this rank's share of the views, pictures rank, rank + world_size, ..."""
     mine = views[args.rank::args.world_size]
-    return torch.cat([model(part.to(args.device)).float().cpu() for part in mine.split(network_batch(args.device))])
+    n_classes = len(model.spec.classes)
+    return torch.cat([model(part.to(args.device))[:, :n_classes].float().cpu()
+                      for part in mine.split(network_batch(args.device))])
 
 
 def validate(model: FaceClassifier, views: Tensor, labels: Tensor, args) -> tuple[float, Tensor]:
@@ -575,7 +630,7 @@ def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, r
     if keep:
         about = {"epoch": figures["epoch"], "best": figures, "args": args.shown, "recipe": asdict(recipe),
                  "train_files": args.train_files}
-        save_checkpoint(args.out, Checkpoint(validated.spec, validated.backbone.state_dict(), None, about))
+        save_checkpoint(args.out, Checkpoint(validated.spec, class_weights(validated), None, about))
     save_atomically(training.state() | {"args": args.shown}, args.resume_file)
 
 
@@ -693,7 +748,7 @@ def main(argv: list[str] | None = None) -> None:
     train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train")
     val = load_crops(val_sets, VAL_CROP, args, "validation")
     if teacher:
-        train.targets.lerp_(teach(teacher, train.crops, args), TEACHER_SHARE)
+        train.targets[:, :len(spec.classes)].lerp_(teach(teacher, train.crops, args), TEACHER_SHARE)
     args.on_device = args.device.type == "cuda" and fits(train.crops, args.device)
     if args.resume:
         training.restore(torch.load(args.resume_file, map_location=args.device, weights_only=True))

@@ -17,6 +17,7 @@ from models.mtcnn import MTCNN, Faces
 from models.threads import Cores
 
 SPLITS = ("train", "val", "test")
+MANIFEST_COLUMNS = {"file", "split", "age", "gender", "aligned_by", "duplicate_group"}
 MAX_SIDE = 3000             # pixels: larger photographs are reduced to it while decoding, as infer.py does by default
 
 
@@ -92,6 +93,20 @@ def read_about(root: Path) -> dict:
     if not isinstance(about, dict):
         raise FaceSetError(f"{path} holds no JSON object")
     return about
+
+
+def read_manifest(root: str | Path, files: list[str]) -> dict[str, dict[str, str]]:
+    """Rows of the builder's manifest.csv by file; empty where there is none, or where it does not know the files."""
+    path = Path(root) / "manifest.csv"
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = {row["file"]: row for row in reader} if set(reader.fieldnames or ()) >= MANIFEST_COLUMNS else {}
+    unknown = next((file for file in files if file not in rows), None)
+    if unknown:
+        print(f"{path} has no row for {unknown}: it is left aside")
+    return {} if unknown else rows
 
 
 def list_folders(root: Path, split: str | None) -> list[tuple[str, str]]:

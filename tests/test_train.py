@@ -21,7 +21,7 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import FaceSpec
 
 WINDOW = (14, 24, 98, 108)
-SMALL = train.Recipe(WINDOW, ((0.5, 32), (1.0, 40)), "cosine", 1, 0.05, 0.05, 0.3, 0.9, True, "best")
+SMALL = train.Recipe(WINDOW, ((0.5, 32), (1.0, 40)), "cosine", 1, 0.05, 0.05, 0.3, 0.9, 0.2, True, "best")
 
 
 @pytest.fixture
@@ -111,6 +111,45 @@ def test_the_gradient_by_taps_is_that_of_the_convolution(kernel, stride, padding
     for expected, found in zip(torch.autograd.grad(plain, (maps, weight), towards),
                                torch.autograd.grad(ours, (maps, weight), towards), strict=True):
         assert torch.allclose(expected, found, atol=1e-4)
+
+
+def test_age_and_gender_come_from_the_manifest_and_the_unknown_is_zeros(drawn_set):
+    rows = ["file,split,label,class,age,gender,aligned_by,duplicate_group"]
+    rows += [f"train/{label}/{label}_{i}.png,train,{label},x,{age},{gender},mtcnn,"
+             for label in range(4) for i, (age, gender) in enumerate([(0, 0), (4, 1), (5, 0), (70, 1), (116, 0),
+                                                                      ("", ""), (30, 3), (26, 1), (25, 0), (9, 0)])]
+    (drawn_set / "manifest.csv").write_text("\n".join(rows) + "\n")
+    faces = train.read_faceset(drawn_set, "train")
+    ages, genders = train.side_targets(faces).split((9, 2), 1)
+    assert ages[:10].sum(1).tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert ages[:10].argmax(1).tolist() == [0, 0, 1, 8, 8, 0, 4, 4, 3, 1] and len(ages) == 40
+    assert genders[:4].argmax(1).tolist() == [0, 1, 0, 1] and genders[5:7].sum() == 0
+    (drawn_set / "manifest.csv").unlink()
+    assert not train.side_targets(faces).any()
+
+
+def test_what_is_unknown_moves_nothing_and_the_classes_count_once():
+    outputs, recipe = torch.randn(6, 15, generator=torch.Generator().manual_seed(0)).requires_grad_(), SMALL
+    targets = torch.cat([torch.eye(4)[[0, 1, 2, 3, 0, 1]], torch.zeros(6, 11)], 1)
+    alone = torch.nn.functional.cross_entropy(outputs[:, :4], targets[:, :4], label_smoothing=recipe.label_smoothing)
+    loss = train.training_loss(outputs, targets, 4, recipe)
+    assert torch.allclose(loss, alone)
+    assert not torch.autograd.grad(loss, outputs)[0][:, 4:].any()
+    targets[2, 4 + 3] = 1                                               # the age band of one picture
+    more = train.training_loss(outputs, targets, 4, recipe)
+    smooth = 0.95 * targets[2, 4:13] + 0.05 / 9
+    assert torch.allclose(more - loss, -0.2 * (smooth * outputs[2, 4:13].log_softmax(0)).sum() / 6, atol=1e-6)
+
+
+def test_the_wide_head_keeps_the_classes_and_is_not_saved(drawn_set, tmp_path, small_recipe):
+    model = train.FaceClassifier(FaceSpec(("a", "b", "c", "d"), TEMPLATE, WINDOW, 40))
+    views, before = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8), model.eval().backbone.fc.weight.clone()
+    said = model(views)
+    train.widen_head(model)
+    assert torch.allclose(model(views)[:, :4], said, atol=1e-6) and model(views).shape == (2, 15)
+    assert torch.equal(train.class_weights(model)["fc.weight"], before)
+    run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
+    assert weights(tmp_path / "a.pt")["fc.weight"].shape == (4, 512)
 
 
 def test_average_follows_the_weights():
@@ -271,7 +310,7 @@ def test_a_teacher_makes_up_half_of_the_targets(drawn_set, tmp_path, small_recip
     args.device, args.rank = torch.device("cpu"), 0
     one_hot = torch.nn.functional.one_hot(seen[0].labels, 4).float()
     said = train.teach(load_checkpoint(tmp_path / "teacher.pt"), seen[0].crops, args)
-    assert torch.allclose(seen[0].targets, (one_hot + said) / 2, atol=1e-5)
+    assert torch.allclose(seen[0].targets[:, :4], (one_hot + said) / 2, atol=1e-5)
     assert (said - one_hot).abs().max() > 0.01
 
 
