@@ -69,8 +69,7 @@ RECIPES = {
     # A second run from the weights of a first one (--init), at a larger input; made for --epochs 12 --lr 0.0005.
     "refine": replace(DEFAULT, sizes=((0.34, 104), (1.0, 128)), warmup_epochs=1, side=0.0),
     # EthnicityRecognition-UTKFaces: chip at 128, random crop of 104 and flip, Adam, StepLR(20), last epoch.
-    "published": Recipe((20, 34, 93.2, 107.2), ((1.0, 104),), "step", 0, 0.0, 0.0, 0.0, 0.0, 0.0, False,
-                        "last"),
+    "published": Recipe((20, 34, 93.2, 107.2), ((1.0, 104),), "step", 0, 0.0, 0.0, 0.0, 0.0, 0.0, False, "last"),
 }
 
 
@@ -79,8 +78,8 @@ RECIPES = {
 class Crops:
     """A set in memory: whole-template crops (N, 3, R, R) uint8, their labels (N,) int64, and targets (N, T) float32.
 
-    A target is what training aims at: the label as a one-hot row, or mixed with what a teacher says; then, in sets to
-    train on, age band and gender as one-hot rows too, zeros where they are unknown.
+    A target is what training aims at: the label as a one-hot row, or mixed with what a teacher says; then,
+    where a recipe asks for them, age band and gender as one-hot rows too, zeros where they are unknown.
     """
     crops: Tensor
     labels: Tensor
@@ -154,7 +153,7 @@ def side_targets(faces: FaceSet) -> Tensor:
     targets = torch.zeros(len(faces), len(AGES) + len(GENDERS))
     manifest = read_manifest(faces.root, faces.files)
     for row, file in enumerate(faces.files if manifest else ()):
-        age, gender = manifest[file]["age"], manifest[file]["gender"]
+        age, gender = manifest[file]["age"] or "", manifest[file]["gender"]
         if age.isdecimal():
             targets[row, bisect.bisect_right(AGES, int(age)) - 1] = 1
         if gender in GENDERS:
@@ -162,9 +161,15 @@ def side_targets(faces: FaceSet) -> Tensor:
     return targets
 
 
-def load_crops(sets: list[FaceSet], resolution: int, args, what: str) -> Crops:
-    """Every picture of the sets as a whole-template crop, aligned on the fly where it is no finished crop."""
-    crops, labels, side = [], [], []
+def load_crops(sets: list[FaceSet], resolution: int, args, what: str, side: bool = False) -> Crops:
+    """Every picture of the sets as a whole-template crop, aligned on the fly where it is no finished crop.
+
+    side: the targets hold age and gender too.
+    """
+    crops, labels = [], []
+    targets = [F.one_hot(faces.labels, len(faces.classes)).float() for faces in sets]
+    if side:
+        targets = [torch.cat([its, side_targets(faces)], 1) for its, faces in zip(targets, sets, strict=True)]
     detector = MTCNN(min_face_size=40).to(args.device)
     for i, faces in enumerate(sets):
         part = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
@@ -177,10 +182,8 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str) -> Crops:
                 tqdm.write(f"left out: {faces.files[position]}: {status}: {reason}")
         crops.append(part if good.all() else part[good])
         labels.append(faces.labels[good])
-        side.append(side_targets(faces)[good])
-    labels = torch.cat(labels)
-    targets = torch.cat([F.one_hot(labels, len(sets[0].classes)).float(), torch.cat(side)], 1)
-    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), labels, targets)
+        targets[i] = targets[i][good]
+    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), torch.cat(labels), torch.cat(targets))
 
 
 def read_teacher(spec: FaceSpec, args) -> Checkpoint:
@@ -492,8 +495,8 @@ def training_loss(outputs: Tensor, targets: Tensor, n_classes: int, recipe: Reci
     """
     parts = (n_classes, len(AGES), len(GENDERS)) if recipe.side else (n_classes,)
     loss = outputs.new_zeros(())
-    for weight, some, aim in zip((1.0, recipe.side, recipe.side), outputs.split(parts, 1),
-                                 targets[:, :sum(parts)].split(parts, 1), strict=False):
+    weights = (1.0, recipe.side, recipe.side)[:len(parts)]
+    for weight, some, aim in zip(weights, outputs.split(parts, 1), targets.split(parts, 1), strict=True):
         known = aim.sum(1, keepdim=True)
         smooth = aim.lerp(known / aim.shape[1], recipe.label_smoothing)
         loss = loss + weight * F.cross_entropy(some, smooth)
@@ -631,7 +634,7 @@ def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, r
         about = {"epoch": figures["epoch"], "best": figures, "args": args.shown, "recipe": asdict(recipe),
                  "train_files": args.train_files}
         save_checkpoint(args.out, Checkpoint(validated.spec, class_weights(validated), None, about))
-    save_atomically(training.state() | {"args": args.shown}, args.resume_file)
+    save_atomically(training.state() | {"args": args.shown, "recipe": asdict(recipe)}, args.resume_file)
 
 
 def forget_unfinished(log: Path, epoch: int) -> None:
@@ -658,7 +661,8 @@ def draw_losses(log: Path, path: Path) -> None:
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.subplots()
-    left.plot(epochs, [row["train_loss"] for row in rows], label="train loss (augmented pictures, all that is learnt)", color="tab:blue")
+    left.plot(epochs, [row["train_loss"] for row in rows], color="tab:blue",
+              label="train loss (augmented pictures, all that is learnt)")
     left.plot(epochs, [row["val_loss"] for row in rows], label="validation loss", color="tab:orange")
     left.set_xlabel("epoch")
     left.set_ylabel("cross-entropy")
@@ -720,7 +724,11 @@ def check_outputs(args) -> None:
         return
     if not args.resume_file.is_file():
         args.parser.error(f"--resume: there is no {args.resume_file} to go on from")
-    begun = torch.load(args.resume_file, map_location="cpu", weights_only=True, mmap=True)["args"]
+    state = torch.load(args.resume_file, map_location="cpu", weights_only=True, mmap=True)
+    if state.get("recipe") != asdict(RECIPES[args.recipe]):
+        args.parser.error(f"--resume: {args.resume_file} was begun when --recipe {args.recipe} was another; "
+                          "--overwrite begins anew")
+    begun = state["args"]
     for name in ("data", "class_map", "recipe", "epochs", "batch_size", "lr", "val_share", "seed", "init", "teacher"):
         if begun.get(name) != args.shown[name]:
             args.parser.error(f"--resume: {args.resume_file} was begun with another --{name} "
@@ -745,7 +753,7 @@ def main(argv: list[str] | None = None) -> None:
         args.parser.error(f"--init {args.init}: {error}")
     teacher = args.teacher and read_teacher(spec, args)
     args.train_files = {root: faceset_digest(faces.files) for root, faces in zip(args.data, train_sets, strict=True)}
-    train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train")
+    train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train", side=recipe.side > 0)
     val = load_crops(val_sets, VAL_CROP, args, "validation")
     if teacher:
         train.targets[:, :len(spec.classes)].lerp_(teach(teacher, train.crops, args), TEACHER_SHARE)

@@ -495,7 +495,8 @@ def bench_epoch(bench: Bench) -> Result:
     faces = FaceSet(Path(), paths, labels, builder.CLASSES, finished=True)
     side = recipe.sizes[-1][1]
     with redirect_stderr(io.StringIO()):
-        data = train.load_crops([faces], train.working_resolution(recipe.window, side), args, "train").to(bench.device)
+        data = train.load_crops([faces], train.working_resolution(recipe.window, side), args, "train",
+                                side=recipe.side > 0).to(bench.device)
     spec = FaceSpec(builder.CLASSES, TEMPLATE, recipe.window, side)
     training, alone = train.start_training(spec, recipe, args), train.start_training(spec, recipe, args)
     alone.amp_dtype = training.amp_dtype
@@ -512,7 +513,8 @@ def bench_epoch(bench: Bench) -> Result:
     ours, ceiling, other = result.figures = take_turns(f"training, batch {BATCH}", {
         "ours, crops in memory to steps": (steps_of, paths),
         "forward, backward, step on ready tensors": (
-            lambda rows: [bare_step(alone, views, data.targets[:BATCH]) for _ in range(0, len(rows), BATCH)], paths),
+            lambda rows: [bare_step(alone, views, data.targets[:BATCH], recipe)
+                          for _ in range(0, len(rows), BATCH)], paths),
         "plain loop, files decoded anew": (
             lambda rows: plain.epoch(rows, labels[:len(rows)]), paths[:sizes.plain_steps * BATCH])},
         sizes.runs, bench.device, warm=2 * BATCH)
@@ -528,11 +530,11 @@ def bench_epoch(bench: Bench) -> Result:
     return result
 
 
-def bare_step(training: train.Training, views: Tensor, targets: Tensor) -> None:
+def bare_step(training: train.Training, views: Tensor, targets: Tensor, recipe: train.Recipe) -> None:
     """Forward, backward and optimizer step on a ready batch, in the number format of the training."""
     training.model.train()
     with torch.autocast(views.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
-        loss = F.cross_entropy(training.model(views).float(), targets)
+        loss = train.training_loss(training.model(views).float(), targets, len(training.model.spec.classes), recipe)
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     training.optimizer.step()

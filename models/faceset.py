@@ -102,10 +102,12 @@ def read_manifest(root: str | Path, files: list[str]) -> dict[str, dict[str, str
         return {}
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        rows = {row["file"]: row for row in reader} if set(reader.fieldnames or ()) >= MANIFEST_COLUMNS else {}
+        if not set(reader.fieldnames or ()) >= MANIFEST_COLUMNS:
+            return {}
+        rows = {row["file"]: row for row in reader}
     unknown = next((file for file in files if file not in rows), None)
     if unknown:
-        print(f"{path} has no row for {unknown}: it is left aside")
+        print(f"{path} has no row for {unknown}: no ages, genders and twins from it")
     return {} if unknown else rows
 
 

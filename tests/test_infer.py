@@ -158,9 +158,10 @@ def test_all_faces_come_by_size_in_pixels_of_the_original(tmp_path, ckpt, face):
     both = run(tmp_path, ckpt, "--faces", "all", *flags, source=tmp_path / "in")
     one = run(tmp_path, ckpt, *flags, source=tmp_path / "in", out="one")
     assert [row["face"] for row in both] == ["0", "1"] and len(one) == 1
-    for name, cell in one[0].items():                           # the last digit of a number hangs on its batch
+    apart = 2e-4 if Labeller(load_checkpoint(ckpt), torch.device("cpu")).bfloat16 else 2e-7
+    for name, cell in one[0].items():                           # the last digits of a number hang on its batch
         number = name == "confidence" or name.startswith("p_")
-        assert cell == both[0][name] or number and float(cell) == pytest.approx(float(both[0][name]), abs=2e-7)
+        assert cell == both[0][name] or number and float(cell) == pytest.approx(float(both[0][name]), abs=apart)
     sides = [float(row["x2"]) - float(row["x1"]) for row in both]
     assert sides[0] == pytest.approx(2 * sides[1], rel=0.2)
     assert float(both[0]["x1"]) > 500 > float(both[1]["x2"])    # of 1000 pixels, though searched at 500

@@ -65,7 +65,7 @@ def test_build_train_evaluate_infer(faces_data, tmp_path, monkeypatch):
     assert len(manifest) >= 2000 and {row["aligned_by"] for row in manifest} == {"mtcnn", "template"}
     assert all((tmp_path / "races" / row["file"]).is_file() for row in manifest)
 
-    short = train.Recipe((16, 30, 96, 110), ((1.0, 64),), "cosine", 1, 0.05, 0.0, 0.0, 0.98, False, "best")
+    short = train.Recipe((16, 30, 96, 110), ((1.0, 64),), "cosine", 1, 0.05, 0.0, 0.0, 0.98, 0.2, False, "best")
     monkeypatch.setitem(train.RECIPES, "default", short)
     train.main(["--data", str(tmp_path / "races"), "--out", str(tmp_path / "short.pt"), "--epochs", "6",
                 "--vis_dir", str(tmp_path / "vis")])

@@ -31,6 +31,15 @@ def small_recipe(monkeypatch):
     monkeypatch.setattr(train, "fastest_format", lambda *_: None)
 
 
+def write_manifest(root) -> None:
+    """The builder's manifest.csv of a drawn set: ages and genders of its training pictures, two of them unknown."""
+    people = [(0, 0), (4, 1), (5, 0), (70, 1), (116, 0), ("", ""), (30, 3), (26, 1), (25, 0), (9, 0)]
+    rows = ["file,split,label,class,age,gender,aligned_by,duplicate_group"]
+    rows += [f"train/{label}/{label}_{i}.png,train,{label},x,{age},{gender},mtcnn,"
+             for label in range(4) for i, (age, gender) in enumerate(people)]
+    (root / "manifest.csv").write_text("\n".join(rows) + "\n")
+
+
 def run(*argv: str) -> None:
     train.main([*argv, "--device", "cpu", "--workers", "0"])
 
@@ -114,11 +123,7 @@ def test_the_gradient_by_taps_is_that_of_the_convolution(kernel, stride, padding
 
 
 def test_age_and_gender_come_from_the_manifest_and_the_unknown_is_zeros(drawn_set):
-    rows = ["file,split,label,class,age,gender,aligned_by,duplicate_group"]
-    rows += [f"train/{label}/{label}_{i}.png,train,{label},x,{age},{gender},mtcnn,"
-             for label in range(4) for i, (age, gender) in enumerate([(0, 0), (4, 1), (5, 0), (70, 1), (116, 0),
-                                                                      ("", ""), (30, 3), (26, 1), (25, 0), (9, 0)])]
-    (drawn_set / "manifest.csv").write_text("\n".join(rows) + "\n")
+    write_manifest(drawn_set)
     faces = train.read_faceset(drawn_set, "train")
     ages, genders = train.side_targets(faces).split((9, 2), 1)
     assert ages[:10].sum(1).tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
@@ -136,6 +141,7 @@ def test_what_is_unknown_moves_nothing_and_the_classes_count_once():
     assert torch.allclose(loss, alone)
     assert not torch.autograd.grad(loss, outputs)[0][:, 4:].any()
     targets[2, 4 + 3] = 1                                               # the age band of one picture
+    assert torch.allclose(train.training_loss(outputs[:, :4], targets[:, :4], 4, replace(recipe, side=0.0)), alone)
     more = train.training_loss(outputs, targets, 4, recipe)
     smooth = 0.95 * targets[2, 4:13] + 0.05 / 9
     assert torch.allclose(more - loss, -0.2 * (smooth * outputs[2, 4:13].log_softmax(0)).sum() / 6, atol=1e-6)
@@ -236,6 +242,7 @@ def test_every_picture_once_an_epoch_over_two_ranks():
 
 
 def test_resume_gives_the_run_that_never_stopped(drawn_set, tmp_path, small_recipe, monkeypatch):
+    write_manifest(drawn_set)
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "4", "--vis_dir", str(tmp_path))
     straight = (tmp_path / "a.log.jsonl").read_text().splitlines()
     assert (tmp_path / "validation_loss.png").stat().st_size > 5000
@@ -251,6 +258,11 @@ def test_resume_gives_the_run_that_never_stopped(drawn_set, tmp_path, small_reci
     with pytest.raises(KeyboardInterrupt):
         run(*common)
     monkeypatch.setattr(train, "finish_epoch", real)
+    monkeypatch.setitem(train.RECIPES, "default", replace(SMALL, side=0.0))
+    with pytest.raises(SystemExit) as refused:                          # an older train.py's default
+        run(*common, "--resume")
+    assert refused.value.code == 2
+    monkeypatch.setitem(train.RECIPES, "default", SMALL)
     run(*common, "--resume")
     for key, value in weights(tmp_path / "a.pt").items():
         assert torch.equal(value, weights(tmp_path / "b.pt")[key]), key
@@ -300,6 +312,7 @@ def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):
 
 
 def test_a_teacher_makes_up_half_of_the_targets(drawn_set, tmp_path, small_recipe, monkeypatch):
+    write_manifest(drawn_set)
     common = ["--data", str(drawn_set), "--vis_dir", str(tmp_path)]
     run(*common, "--out", str(tmp_path / "teacher.pt"), "--epochs", "6", "--batch_size", "16")
     seen, real = [], train.run_epochs
@@ -311,6 +324,7 @@ def test_a_teacher_makes_up_half_of_the_targets(drawn_set, tmp_path, small_recip
     one_hot = torch.nn.functional.one_hot(seen[0].labels, 4).float()
     said = train.teach(load_checkpoint(tmp_path / "teacher.pt"), seen[0].crops, args)
     assert torch.allclose(seen[0].targets[:, :4], (one_hot + said) / 2, atol=1e-5)
+    assert torch.equal(seen[0].targets[:, 4:], train.side_targets(train.read_faceset(drawn_set, "train")))
     assert (said - one_hot).abs().max() > 0.01
 
 
