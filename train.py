@@ -735,6 +735,15 @@ def check_outputs(args) -> None:
                               f"({begun.get(name)}, now {args.shown[name]})")
 
 
+def warn_of_seen(args) -> None:
+    """Says so where a network to go on from, or to learn from, may have been trained on pictures validated on here."""
+    for flag, path in (("--init", args.init), ("--teacher", args.teacher)):
+        seen = load_checkpoint(path).about.get("train_files") if path and path not in ("random", "imagenet") else None
+        if seen and not set(args.train_files.values()) <= set(seen.values()):
+            print(f"warning: {flag} {path} was trained on another choice of pictures; where it is of the same sets, "
+                  "validation here may hold some of them, and tell too well of the network")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Reads the sets, trains, calibrates, draws."""
     args = parse_args(argv)
@@ -753,6 +762,8 @@ def main(argv: list[str] | None = None) -> None:
         args.parser.error(f"--init {args.init}: {error}")
     teacher = args.teacher and read_teacher(spec, args)
     args.train_files = {root: faceset_digest(faces.files) for root, faces in zip(args.data, train_sets, strict=True)}
+    if args.rank == 0:
+        warn_of_seen(args)
     train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train", side=recipe.side > 0)
     val = load_crops(val_sets, VAL_CROP, args, "validation")
     if teacher:

@@ -328,6 +328,16 @@ def test_a_teacher_makes_up_half_of_the_targets(drawn_set, tmp_path, small_recip
     assert (said - one_hot).abs().max() > 0.01
 
 
+def test_a_network_that_saw_other_pictures_of_the_set_is_warned_of(drawn_set, tmp_path, small_recipe, capsys):
+    common = ["--data", str(drawn_set), "--vis_dir", str(tmp_path), "--epochs", "1"]
+    run(*common, "--out", str(tmp_path / "first.pt"))
+    run(*common, "--out", str(tmp_path / "same.pt"), "--init", str(tmp_path / "first.pt"))
+    assert "warning" not in capsys.readouterr().out
+    (drawn_set / "train" / "0" / "0_0.png").rename(drawn_set / "val" / "0" / "0_0_moved.png")
+    run(*common, "--out", str(tmp_path / "other.pt"), "--init", str(tmp_path / "first.pt"))
+    assert f"warning: --init {tmp_path / 'first.pt'} was trained on another choice" in capsys.readouterr().out
+
+
 def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
     """Views of a teacher on another template are those that evaluate.py shows it."""
     spec = FaceSpec(("a", "b"), tuple((x + 7, y - 5) for x, y in TEMPLATE), WINDOW, 40)
