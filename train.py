@@ -725,14 +725,14 @@ def check_outputs(args) -> None:
     if not args.resume_file.is_file():
         args.parser.error(f"--resume: there is no {args.resume_file} to go on from")
     state = torch.load(args.resume_file, map_location="cpu", weights_only=True, mmap=True)
-    if state.get("recipe") != asdict(RECIPES[args.recipe]):
-        args.parser.error(f"--resume: {args.resume_file} was begun when --recipe {args.recipe} was another; "
-                          "--overwrite begins anew")
     begun = state["args"]
     for name in ("data", "class_map", "recipe", "epochs", "batch_size", "lr", "val_share", "seed", "init", "teacher"):
         if begun.get(name) != args.shown[name]:
             args.parser.error(f"--resume: {args.resume_file} was begun with another --{name} "
                               f"({begun.get(name)}, now {args.shown[name]})")
+    if state.get("recipe") != asdict(RECIPES[args.recipe]):
+        args.parser.error(f"--resume: {args.resume_file} was begun when --recipe {args.recipe} was another; "
+                          "--overwrite begins anew")
 
 
 def warn_of_seen(args) -> None:
