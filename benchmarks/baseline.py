@@ -65,7 +65,8 @@ class PlainMTCNN:
         scale, found = 12 / self.min_face_size, []
         while min(height, width) * scale > 12:
             size = (math.ceil(height * scale), math.ceil(width * scale))
-            maps = self.pnet((resize(photo, *size).float() - 127.5) / 128)[0].cpu().numpy()     # (h', w', 5)
+            maps = self.pnet((resize(photo, *size).float() - 127.5) / 128)[0]
+            maps = maps.permute(1, 2, 0).cpu().numpy()                                          # (h', w', 5)
             rows, columns = np.nonzero(maps[..., 0] > logit(THRESHOLDS[0]))
             corner = np.stack([columns, rows], 1) * 2 + 1
             boxes = np.concatenate([corner, corner + 12], 1) / scale

@@ -85,7 +85,7 @@ PUBLISHED = (
 class Sizes:
     """How much is measured. plain_*: items of the one-by-one side, which is slower; rates are compared."""
     runs: int = 5
-    chips: int = 256
+    chips: int = 512
     photos: int | None = None               # None is all of wild.tar
     agreed: int = 512                       # chips that both sides label end to end once, to compare the answers
     crops: int = 2048

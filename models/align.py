@@ -5,6 +5,7 @@ Coordinates of pictures put pixel (0, 0) at the centre of the top-left pixel, as
 column j of a view of side S therefore lies at template x = x0 + (j + 0.5) * (x1 - x0) / S - 0.5.
 """
 import functools
+import itertools
 from collections import defaultdict
 
 import torch
@@ -21,7 +22,6 @@ WHOLE = (0.0, 0.0, 112.0, 112.0)
 # (69.7, 141.2), (133.6, 141.3).
 CHIP_LANDMARKS = ((59.6, 57.6), (138.1, 57.7), (98.2, 103.8), (63.9, 138.5), (133.2, 138.4))
 LARGEST_STEP = 1.25             # pixels of a picture between two samples of it
-MAX_PIXELS = 4_000_000          # of the views made at once: bounds memory at about 200 MB
 
 
 def fit_similarity(src: Tensor, dst: Tensor) -> Tensor:
@@ -46,34 +46,50 @@ def fit_similarity(src: Tensor, dst: Tensor) -> Tensor:
 
 def invert_similarity(M: Tensor) -> Tensor:
     """Inverses of similarity transforms, (n, 2, 3) -> (n, 2, 3)."""
-    inverse = torch.linalg.inv(M[:, :, :2])
+    inverse = M[:, :, :2].mT / torch.linalg.vector_norm(M[:, :, :1], dim=1, keepdim=True).square()
     return torch.cat([inverse, -inverse @ M[:, :, 2:]], -1)
+
+
+def view_axes(to_image: Tensor, extent: Tensor, window: tuple, side: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Where the samples of views lie, as grid_sample counts: -1 and 1 are a picture's edges, xy a complex number.
+
+    to_image (n, 2, 3), template -> pixels of pictures of extent (width, height), (2,) or (n, 2). Returns columns and
+    rows, (n, samples, side) complex64 each: sample (r, c) of view pixel (i, j) is at rows[:, r, i] + columns[:, c, j].
+    The half-pixel shift of grid_sample is made here alone.
+    """
+    x0, y0, x1, y1 = window
+    steps = (torch.arange(side * samples, device=to_image.device) + 0.5) / (side * samples)
+    steps = steps.view(side, samples).T                                                     # (samples, side), 0 ... 1
+    scaled = to_image * (2 / extent[..., None])
+    scaled[:, :, 2] += 1 / extent - 1
+    along, down, shift = torch.view_as_complex(scaled.mT.contiguous())[:, :, None, None].unbind(1)      # (n, 1, 1)
+    return along * (x0 - 0.5 + (x1 - x0) * steps), down * (y0 - 0.5 + (y1 - y0) * steps) + shift
+
+
+def sample_mean(images: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """Pictures (n, 3, H, W) float32 at the samples of view_axes, bilinear, the mean of each view pixel's.
+
+    Pictures or axes may be one for all n. Returns (n, 3, side, side) float32; a picture's edges repeat beyond it.
+    """
+    n, views = len(images) if len(columns) == 1 else len(columns), None
+    for row, column in itertools.product(rows.unbind(1), columns.unbind(1)):
+        at = torch.view_as_real(row[:, :, None] + column[:, None])          # four times as fast as adding pairs
+        sampled = F.grid_sample(images.expand(n, -1, -1, -1), at.expand(n, -1, -1, -1), mode="bilinear",
+                                padding_mode="border", align_corners=False)
+        views = sampled if views is None else views.add_(sampled)
+    samples = rows.shape[1] * columns.shape[1]
+    return views.div_(samples) if samples > 1 else views
 
 
 def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, samples: int = 1) -> Tensor:
     """Views of a window, each pixel the mean of samples x samples bilinear ones; a picture's edges repeat beyond it.
 
     images (n, 3, H, W) float32 and to_image (n, 2, 3), template -> pixels of the image; either may be one for all.
-    Returns (n, 3, side, side) float32. The half-pixel shift of grid_sample is made here alone.
+    Returns (n, 3, side, side) float32.
     """
-    x0, y0, x1, y1 = window
-    n, device = len(images) if len(to_image) == 1 else len(to_image), to_image.device
-    half = torch.tensor([(x1 - x0) / 2, (y1 - y0) / 2], device=device)
-    centre = torch.tensor([(x0 + x1) / 2 - 0.5, (y0 + y1) / 2 - 0.5], device=device)
-    extent = torch.tensor([images.shape[3], images.shape[2]], device=device)
-    linear = to_image[:, :, :2] * half * (2 / extent[:, None])                  # from -1 ... 1 to -1 ... 1
-    shift = (to_image[:, :, :2] @ centre + to_image[:, :, 2] + 0.5) * (2 / extent) - 1
-    theta = torch.cat([linear, shift[:, :, None]], 2).to(images.device)
-    grid = F.affine_grid(theta, [len(theta), 3, side, side], align_corners=False)
-    steps = ((torch.arange(samples, device=device) + 0.5) / samples - 0.5) * (2 / side)
-    offsets = (torch.cartesian_prod(steps, steps) @ linear.mT).to(images.device)                # (n, samples^2, 2)
-    views = None
-    for offset in offsets.unbind(1):
-        at = (grid + offset[:, None, None] if samples > 1 else grid).expand(n, -1, -1, -1)
-        sampled = F.grid_sample(images.expand(n, -1, -1, -1), at, mode="bilinear", padding_mode="border",
-                                align_corners=False)
-        views = sampled if views is None else views.add_(sampled)
-    return views.div_(samples ** 2) if samples > 1 else views
+    extent = torch.tensor([images.shape[3], images.shape[2]], device=to_image.device)
+    columns, rows = view_axes(to_image, extent, window, side, samples)
+    return sample_mean(images, columns.to(images.device), rows.to(images.device))
 
 
 def count_samples(to_image: Tensor, window: tuple, side: int) -> list[int]:
@@ -96,33 +112,34 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     Returns views (n, 3, side, side) uint8; n may be 0. What lies outside a photograph repeats its edge.
     """
     to_photo = invert_similarity(fit_similarity(landmarks.cpu(), torch.tensor(template)))
+    image_index = image_index.cpu()
+    extent = sizes.cpu()[image_index].flip(1)
+    first, last = looked_at(to_photo, window, extent)
+    to_photo[:, :, 2] -= first
     views = torch.empty(len(landmarks), 3, side, side, dtype=torch.uint8, device=images.device)
-    of_image = defaultdict(list)
-    for row, key in enumerate(zip(image_index.tolist(), count_samples(to_photo, window, side), strict=True)):
-        of_image[key].append(row)
-    for (i, samples), its_rows in of_image.items():
-        height, width = sizes[i].tolist()
-        for rows in torch.tensor(its_rows).split(max(1, MAX_PIXELS // side ** 2)):
-            part, to_part = cut_out(images[i, :, :height, :width], to_photo[rows], window)
-            views[rows.to(views.device)] = to_bytes(sample_views(part[None].float(), to_part, window, side, samples))
+    alike = defaultdict(list)
+    for row, samples in enumerate(count_samples(to_photo, window, side)):
+        alike[samples].append(row)
+    for samples, rows in alike.items():
+        axes = view_axes(to_photo[rows], (last - first)[rows], window, side, samples)
+        for row, columns, its_rows in zip(rows, *(axis.to(images.device).split(1) for axis in axes), strict=True):
+            (left, top), (right, bottom) = first[row].tolist(), last[row].tolist()
+            part = images[image_index[row], None, :, top:bottom, left:right].float()
+            views[row] = to_bytes(sample_mean(part, columns, its_rows))[0]
     return views
 
 
-def cut_out(photo: Tensor, to_photo: Tensor, window: tuple) -> tuple[Tensor, Tensor]:
-    """The rectangle of a photograph (3, H, W) that the windows of some faces lie in, and template -> its pixels.
+def looked_at(to_photo: Tensor, window: tuple, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """The rectangles of photographs that the windows of n faces lie in: first pixel, and the one after the last, xy.
 
-    What is not looked at need not become floats. The rectangle ends where the photograph does or a pixel beyond what
-    is sampled, so its edges repeat only where the photograph's do.
+    What is not looked at need not become floats. A rectangle ends where the photograph, of extent (n, 2) (width,
+    height), does or a pixel beyond what is sampled, so its edges repeat only where the photograph's do. (n, 2) each.
     """
     x0, y0, x1, y1 = window
     corners = torch.tensor([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]) - 0.5
-    points = (corners @ to_photo[:, :, :2].mT + to_photo[:, None, :, 2]).flatten(0, 1)
-    extent = torch.tensor([photo.shape[2], photo.shape[1]])
-    left, top = (points.amin(0).floor().long() - 1).clamp(min=0).minimum(extent - 1).tolist()
-    right, bottom = (points.amax(0).ceil().long() + 2).clamp(min=1).tolist()
-    moved = to_photo.clone()
-    moved[:, :, 2] -= torch.tensor([left, top])
-    return photo[:, top:bottom, left:right], moved
+    points = corners @ to_photo[:, :, :2].mT + to_photo[:, None, :, 2]                      # (n, 4, 2)
+    first = (points.amin(1).floor().long() - 1).clamp(min=0).minimum(extent - 1)
+    return first, (points.amax(1).ceil().long() + 2).clamp(min=1).minimum(extent)
 
 
 def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLATE,

@@ -21,8 +21,10 @@ CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window moved by 2
 LEVEL_NMS = 0.5                 # overlap allowed between P-Net's boxes of one level
 FINEST = 2                      # levels that detect_largest leaves for later: three quarters of P-Net's work
 SURE = 2                        # times a level's window: a face that large is not one that this level finds
-CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # pixels of a level in one call of P-Net; on a CPU, what its caches
-CHUNK_CROPS = {"cpu": 32, "cuda": 2048}             # hold. Crops in one call of R-Net or O-Net, likewise
+CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # pixels of a level in one call of P-Net: on a CPU, what its caches
+BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}    # of the finest level of the pictures searched together
+CROP_PIXELS = {"cpu": 24_000, "cuda": 1 << 22}      # hold; and pixels of crops in one call of R-Net or O-Net, likewise
+BUNCH = 256                     # boxes that are compared with one another in one call on a CPU
 LANES = 16                      # floats that a CPU's vector instructions take at once: channels are padded to these
 
 
@@ -59,7 +61,7 @@ class MTCNN(nn.Module):
         self.min_face_size, self.thresholds, self.nms_thresholds = min_face_size, thresholds, nms_thresholds
         self.pnet, self.rnet, self.onet = build_pnet(), build_rnet(), build_onet()
         self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.pnet, self.rnet, self.onet = map(pad_channels, (self.pnet, self.rnet, self.onet))
+        self.pnet, self.rnet, self.onet = map(quickened, (self.pnet, self.rnet, self.onet))
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)      # 2 to 4 times as fast on a CPU
 
     @torch.inference_mode()
@@ -116,11 +118,11 @@ class MTCNN(nn.Module):
             levels = pyramid(height, width, self.min_face_size)[which]
             if not levels:
                 continue
-            chunk = max(1, CHUNK_PIXELS[images.device.type] // (levels[0][1] * levels[0][2]))
+            chunk = max(1, BATCH_PIXELS[images.device.type] // (levels[0][1] * levels[0][2]))
             for part in index.split(chunk):
                 part = among[part].to(images.device)
-                maps = [run_pnet(self.pnet, resized)
-                        for resized in resize_levels(images[part, :, :height, :width], levels)]
+                pictures = images[part, :, :height, :width]
+                maps = [run_pnet(self.pnet, pictures, *level[1:]) for level in levels]
                 boxes, scores, offsets, level, image = cells_to_boxes(maps, levels, logit(self.thresholds[0]))
                 keep = suppress(boxes, scores, image * len(levels) + level, LEVEL_NMS)
                 keep = keep[suppress(boxes[keep], scores[keep], image[keep], self.nms_thresholds[0])]
@@ -155,20 +157,13 @@ class MTCNN(nn.Module):
         return Faces(boxes[kept], scores[keep].sigmoid(), landmarks[keep], image_index[keep])
 
 
-class CellHead(nn.Conv2d):
-    """A 1 x 1 convolution as what it is, a matrix product: (B, C, h, w) -> (B, h, w, outputs)."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return F.linear(maps.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
-
-
 def build_pnet() -> nn.Sequential:
-    """P-Net: (B, 3, h, w) float32 -> (B, h', w', 5), the face logit and four box offsets of each cell."""
+    """P-Net: (B, 3, h, w) float32 -> (B, 5, h', w'), the face logit and four box offsets of each cell."""
     return nn.Sequential(
         nn.Conv2d(3, 10, 3), nn.PReLU(10), nn.MaxPool2d(2, 2, ceil_mode=True),
         nn.Conv2d(10, 16, 3), nn.PReLU(16),
         nn.Conv2d(16, 32, 3), nn.PReLU(32),
-        CellHead(32, 5, 1))
+        nn.Conv2d(32, 5, 1))
 
 
 def build_rnet() -> nn.Sequential:
@@ -192,20 +187,57 @@ def build_onet() -> nn.Sequential:
         nn.Linear(256, 15))
 
 
-def pad_channels(net: nn.Sequential) -> nn.Sequential:
-    """The same network, with channels of zeros up to whole vectors of LANES between its convolutions."""
+class CellHead(nn.Conv2d):
+    """A 1 x 1 convolution as what it is, a matrix product: (B, C, h, w) -> (outputs, B, h, w)."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        cells = maps.permute(0, 2, 3, 1)
+        return torch.addmm(self.bias[:, None], self.weight.flatten(1), cells.flatten(0, 2).T).unflatten(
+            1, cells.shape[:3])
+
+
+class MaxPool(nn.MaxPool2d):
+    """Max-pooling in steps of 2 whose last windows may reach over the edge; on a CPU by rows, then by columns.
+
+    PyTorch's own also notes where each maximum was, which takes up to four times as long.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size, 2, ceil_mode=True)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if maps.is_cuda:
+            return super().forward(maps)
+        for dim in (2, 3):
+            length = math.ceil((maps.shape[dim] - self.kernel_size) / 2) + 1
+            taps = [maps.narrow(dim, k, min(2 * length - 1, maps.shape[dim] - k)) for k in range(self.kernel_size)]
+            first, *others = (tap[:, :, ::2] if dim == 2 else tap[:, :, :, ::2] for tap in taps)
+            maps = first.clone()
+            for other in others:
+                part = maps.narrow(dim, 0, other.shape[dim])
+                torch.maximum(part, other, out=part)
+        return maps
+
+
+def quickened(net: nn.Sequential) -> nn.Sequential:
+    """The same network with layers that a CPU computes sooner; what P-Net gives is (5, B, h', w') then.
+
+    Between its convolutions channels of zeros make up whole vectors of LANES.
+    """
     layers, extra = [], 0                                           # extra: channels added to what comes in
     for layer in net:
         if isinstance(layer, nn.Conv2d):
             out, into = layer.weight.shape[:2]
-            more = 0 if isinstance(layer, CellHead) else -out % LANES
-            padded = type(layer)(into + extra, out + more, layer.kernel_size)
+            kind, more = (CellHead, 0) if layer.kernel_size == (1, 1) else (nn.Conv2d, -out % LANES)
+            padded = kind(into + extra, out + more, layer.kernel_size)
             padded.weight = nn.Parameter(F.pad(layer.weight, (0, 0, 0, 0, 0, extra, 0, more)))
             padded.bias = nn.Parameter(F.pad(layer.bias, (0, more)))
             layer, extra = padded, more
         elif isinstance(layer, nn.PReLU) and extra:
             slopes, layer = layer.weight, nn.PReLU(layer.num_parameters + extra)
             layer.weight = nn.Parameter(F.pad(slopes, (0, extra)))
+        elif isinstance(layer, nn.MaxPool2d):
+            layer = MaxPool(layer.kernel_size)
         layers.append(layer)
     return nn.Sequential(*layers)
 
@@ -236,12 +268,6 @@ def pyramid(height: int, width: int, min_face_size: float) -> list[tuple[float, 
         levels.append((scale, math.ceil(height * scale), math.ceil(width * scale)))
         scale *= PYRAMID_FACTOR
     return levels
-
-
-def resize_levels(images: Tensor, levels: list[tuple[float, int, int]]):
-    """The levels of same-sized images (b, 3, h, w) uint8, one after another, normalised, channels last."""
-    for _, height, width in levels:
-        yield normalised(resize(images, height, width).float().contiguous(memory_format=torch.channels_last))
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
@@ -275,31 +301,40 @@ def fixed_point_axis(length: int, target: int, device: torch.device) -> tuple[Te
     return near.long().to(device), far.long().to(device), near_weight.to(device), far_weight.to(device)
 
 
-def run_pnet(net: nn.Sequential, level: Tensor) -> Tensor:
-    """P-Net on a level (b, 3, h, w), in bands of CHUNK_PIXELS: (b, h', w', 5). A cell sees the rows it would anyway."""
-    rows = math.ceil((level.shape[2] - 2) / STRIDE) - 4
-    band = max(1, CHUNK_PIXELS[level.device.type] // (level.shape[0] * level.shape[3] * STRIDE))
-    return torch.cat([net(level[:, :, first * STRIDE:min(first + band, rows) * STRIDE + CELL - STRIDE])
-                      for first in range(0, rows, band)], 1)
+def run_pnet(net: nn.Sequential, images: Tensor, height: int, width: int) -> Tensor:
+    """P-Net on a level of same-sized images (b, 3, h, w) uint8, CHUNK_PIXELS at a time: (5, b, h', w').
+
+    One image that is larger is taken in bands, of which a cell sees the rows that it would anyway.
+    """
+    chunk = CHUNK_PIXELS[images.device.type]
+    rows = math.ceil((height - 2) / STRIDE) - 4
+    band = max(1, chunk // (width * STRIDE))
+    found = []
+    for some in images.split(max(1, chunk // (height * width))):
+        level = normalised(resize(some, height, width).float().contiguous(memory_format=torch.channels_last))
+        parts = [net(level[:, :, first * STRIDE:min(first + band, rows) * STRIDE + CELL - STRIDE])
+                 for first in range(0, rows, band)]
+        found.append(torch.cat(parts, 2))
+    return torch.cat(found, 1)
 
 
 def cells_to_boxes(maps: list[Tensor], levels: list[tuple[float, int, int]], threshold: float):
-    """P-Net's cells above a threshold of the logit, from its output (b, h', w', 5) for each level.
+    """P-Net's cells above a threshold of the logit, from its output (5, b, h', w') for each level.
 
     Returns boxes (n, 4) float32, the cells in pixels of the image; scores (n,); offsets (n, 4); level (n,); image (n,).
     """
-    rows = torch.cat([m.flatten(1, 2) for m in maps], 1)                                    # (b, cells, 5)
-    device = rows.device
-    starts = torch.tensor([0] + [m.shape[1] * m.shape[2] for m in maps], device=device).cumsum(0)
-    widths = torch.tensor([m.shape[2] for m in maps], device=device)
+    cells = torch.cat([m.flatten(2) for m in maps], 2)                                      # (5, b, cells)
+    device = cells.device
+    starts = torch.tensor([0] + [m.shape[2] * m.shape[3] for m in maps], device=device).cumsum(0)
+    widths = torch.tensor([m.shape[3] for m in maps], device=device)
     scales = torch.tensor([level[0] for level in levels], device=device, dtype=torch.float64)
-    image, cell = (rows[..., 0] > threshold).nonzero(as_tuple=True)
+    image, cell = (cells[0] > threshold).nonzero(as_tuple=True)
     level = torch.bucketize(cell, starts, right=True) - 1
     local = cell - starts[level]
     corner = torch.stack([local % widths[level], local // widths[level]], 1) * STRIDE + 1    # (n, 2) xy
     boxes = torch.cat([corner, corner + CELL], 1) / scales[level, None]
-    values = rows[image, cell]                                                           # (n, 5)
-    return boxes.round().float(), values[:, 0], values[:, 1:], level, image
+    scores, *offsets = cells[:, image, cell]                                                # (n,) each
+    return boxes.round().float(), scores, torch.stack(offsets, 1), level, image
 
 
 def shift(boxes: Tensor, offsets: Tensor) -> Tensor:
@@ -324,19 +359,28 @@ def clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
 def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
     """Non-maximum suppression by IoU within each group: indices of the boxes that stay, ascending.
 
-    group (n,) int64 is ascending. Time grows with the square of what is compared: a CPU takes one group after another.
-    A GPU would wait for each, and compares all at once, groups moved apart; whole pixels in float64, that is exact.
+    group (n,) int64 is ascending. Groups are moved apart and compared together, which on whole pixels is exact. But
+    time grows with the square of what is compared: on a CPU no more than BUNCH boxes or one group at once.
     """
-    ends = boxes + boxes.new_tensor([0, 0, 1, 1])
-    if boxes.is_cuda:
-        ends = ends.double() + (group * 100_000)[:, None]
-        return nms(ends, scores.double(), threshold).sort().values
-    counts = group.unique_consecutive(return_counts=True)[1].tolist()
+    ends = boxes.double() + boxes.new_tensor([0, 0, 1, 1]) + (group * 100_000)[:, None]
     kept, start = [group.new_zeros(0)], 0
-    for some, their_scores in zip(ends.split(counts), scores.split(counts), strict=True):
+    for some, their_scores in zip(*(values.split(bunches(group)) for values in (ends, scores.double())), strict=True):
         kept.append(nms(some, their_scores, threshold) + start)
         start += len(some)
     return torch.cat(kept).sort().values
+
+
+def bunches(group: Tensor) -> list[int]:
+    """Sizes of the runs of rows that are compared at once: whole groups, or on a GPU, which would wait, all."""
+    if group.is_cuda:
+        return [len(group)]
+    sizes = []
+    for count in group.unique_consecutive(return_counts=True)[1].tolist():
+        if sizes and sizes[-1] + count <= BUNCH:
+            sizes[-1] += count
+        else:
+            sizes.append(count)
+    return sizes
 
 
 def suppress_nested(boxes: Tensor, image_index: Tensor, threshold: float) -> Tensor:
@@ -362,7 +406,7 @@ def suppress_nested(boxes: Tensor, image_index: Tensor, threshold: float) -> Ten
 def run_on_crops(net: nn.Sequential, images: Tensor, boxes: Tensor, image_index: Tensor, side: int) -> Tensor:
     """What R-Net or O-Net (side 24 or 48) says of boxes (n, 4) of images: (n, 5) or (n, 15) float32."""
     crops = cut_boxes(images, boxes, image_index, side)
-    return torch.cat([net(normalised(chunk)) for chunk in crops.split(CHUNK_CROPS[images.device.type])])
+    return torch.cat([net(normalised(chunk)) for chunk in crops.split(CROP_PIXELS[images.device.type] // side ** 2)])
 
 
 def cut_boxes(images: Tensor, boxes: Tensor, image_index: Tensor, side: int) -> Tensor:
