@@ -33,7 +33,16 @@ from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
 from models.calibration import Calibration, class_thresholds, fit_calibration, set_thresholds
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier
-from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_about, read_faceset, read_manifest
+from models.faceset import (
+    GENDERS,
+    FaceSet,
+    FaceSetError,
+    align_set,
+    faceset_digest,
+    read_about,
+    read_faceset,
+    read_manifest,
+)
 from models.images import decode_photo
 from models.metrics import (
     calibration_error,
@@ -53,7 +62,6 @@ from models.shares import draw_shares, estimate_shares, format_shares
 
 CKPT = "checkpoints/resnet18_utk.pt"            # in the project, wherever the command is run
 AGE_BANDS = (0, 10, 20, 30, 40, 60)             # lower ends, years
-GENDERS = {"0": "male", "1": "female"}          # as UTKFace's file names have it
 BEFORE, AFTER = "#999999", "#1f6fb2"
 
 

@@ -30,7 +30,7 @@ from models.calibration import fit_calibration
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
 from models.duplicates import group_files
-from models.faceset import FaceSet, FaceSetError, align_set, faceset_digest, read_faceset, read_manifest
+from models.faceset import GENDERS, FaceSet, FaceSetError, align_set, faceset_digest, read_faceset, read_manifest
 from models.metrics import confusion_matrix
 from models.mtcnn import MTCNN
 from models.pipeline import Labeller, network_batch
@@ -41,7 +41,6 @@ VAL_CROP = 224          # resolution at which validation crops are kept: the bui
 TEACHER_SHARE = 0.5     # of each target that comes from --teacher; the label makes up the rest
 WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
 AGES = (0, 5, 10, 18, 26, 34, 44, 56, 70)   # lower ends of the age bands that are learnt, years
-GENDERS = ("0", "1")    # as UTKFace's file names have them
 AVERAGE_EVERY = 4       # steps between two updates of the weight average, which take a fiftieth of a step on a CPU
 
 
@@ -157,7 +156,7 @@ def side_targets(faces: FaceSet) -> Tensor:
         if age.isdecimal():
             targets[row, bisect.bisect_right(AGES, int(age)) - 1] = 1
         if gender in GENDERS:
-            targets[row, len(AGES) + GENDERS.index(gender)] = 1
+            targets[row, len(AGES) + list(GENDERS).index(gender)] = 1
     return targets
 
 

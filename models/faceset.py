@@ -17,6 +17,7 @@ from models.mtcnn import MTCNN, Faces
 from models.threads import Cores
 
 SPLITS = ("train", "val", "test")
+GENDERS = {"0": "male", "1": "female"}      # as UTKFace's file names, and so a manifest, have it
 MANIFEST_COLUMNS = {"file", "split", "age", "gender", "aligned_by", "duplicate_group"}
 MAX_SIDE = 3000             # pixels: larger photographs are reduced to it while decoding, as infer.py does by default
 

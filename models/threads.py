@@ -1,6 +1,7 @@
 """A CPU's cores shared out: several pictures at once, a core each, instead of all cores on one small operation."""
 import ctypes
 import platform
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -10,6 +11,7 @@ import torch
 MOST_THREADS = 8         # each holds decoded batches and the networks' working memory
 MOST_WAITING = 2         # results that may wait for a slow one before them
 M_ARENA_MAX = -8         # of glibc's malloc.h
+SWITCH = 0.0005          # seconds after which a thread that runs Python makes room for one that waits to start a layer
 
 
 class Cores:
@@ -27,12 +29,15 @@ class Cores:
         if self.threads > 1:
             if platform.libc_ver()[0] == "glibc":
                 ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)   # else each thread keeps freed memory that no other may use
+            self.interval = sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH)
             self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
         return self
 
     def __exit__(self, *_) -> None:
         if self.threads > 1:
             self.pool.shutdown(cancel_futures=True)
+            sys.setswitchinterval(self.interval)
             torch.set_num_threads(self.before)      # threads born later, autograd's among them, begin with the last set
 
     def in_turn(self, function: Callable, items: Iterable) -> Iterator:
