@@ -17,6 +17,7 @@ Writes  <out_dir>/<name>_confusion_matrix.png, <name>_confusion_matrix_percentag
 import csv
 import io
 import json
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def parse_args(argv: list[str] | None = None):
     add("--flip", action="store_true", help="average the logits of each face and of its mirror image")
     add("--through_112", action="store_true", help="state beside it the accuracy through finished 112 x 112 JPEG crops")
     add("--save_probs", action="store_true", help="also write <name>_probs.npz: files, labels, logits, probs")
+    add("--against", metavar="FILE", help="compare with another checkpoint: its <name>_probs.npz for the same pictures "
+                                          "(McNemar's exact test)")
     add("--target_error", type=cli.fraction, default=0.05,
         help="state how many pictures stay unanswered where this much error is allowed (%(default)s)")
     add("--alpha", type=cli.fraction, default=0.1, help="error allowed to the prediction sets (%(default)s)")
@@ -499,6 +502,33 @@ def compare_112(answers: Answers, small: Answers, classes: tuple[str, ...]) -> d
     return figures | {"mcnemar_p": mcnemar_exact(answers.correct(), small.correct())}
 
 
+def read_saved(parser: cli.Parser, path: str) -> dict[str, tuple[int, int]]:
+    """Label and prediction of each picture in a file of --save_probs, for --against."""
+    try:
+        with np.load(path) as saved:
+            rows = zip(saved["labels"].tolist(), saved["probs"].argmax(1).tolist(), strict=True)
+            return dict(zip(saved["files"].tolist(), rows, strict=True))
+    except OSError as error:
+        parser.error(f"--against {path}: {error.strerror or error}")
+    except (KeyError, ValueError, TypeError, zipfile.BadZipFile):
+        parser.error(f"--against {path}: is no file of --save_probs")
+
+
+def compare_against(answers: Answers, others: dict[str, tuple[int, int]]) -> dict:
+    """Accuracy of another checkpoint, and the p that both err as often.
+
+    others: what read_saved found. Raises ValueError where it is of other pictures or labels.
+    """
+    if {file: label for file, (label, _) in others.items()} != dict(zip(answers.files, answers.labels.tolist(),
+                                                                        strict=True)):
+        raise ValueError("is of other pictures or labels")
+    correct = torch.tensor([others[file][1] for file in answers.files]) == answers.labels
+    return {"accuracy": correct.double().mean().item(),
+            "right_here_alone": int((answers.correct() & ~correct).sum()),
+            "right_there_alone": int((correct & ~answers.correct()).sum()),
+            "mcnemar_p": mcnemar_exact(answers.correct(), correct)}
+
+
 def percent(figures: dict) -> str:
     """'88.26 % (95 % interval 87.28 to 89.18) of 4,404'."""
     low, high = (100 * end for end in figures["accuracy_ci95"])
@@ -516,6 +546,10 @@ def print_report(figures: dict, set_name: str) -> None:
     if "through_112" in figures:
         print(f"  through 112 x 112 crops   {percent(figures['through_112'])}; "
               f"McNemar p {figures['through_112']['mcnemar_p']:.3g}")
+    if other := figures.get("against"):
+        print(f"  the other checkpoint      {100 * other['accuracy']:.2f} %; right here alone "
+              f"{other['right_here_alone']}, there alone {other['right_there_alone']}: "
+              f"McNemar p {other['mcnemar_p']:.3g}")
     print(f"  balanced accuracy {100 * figures['balanced_accuracy']:.2f} %, macro-F1 {100 * figures['macro_f1']:.2f} %")
     if figures["unreadable"]:
         print(f"  {len(figures['unreadable'])} unreadable, left out; the first: {figures['unreadable'][0]}")
@@ -658,6 +692,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.calibrate:
             parser.error(f"--calibrate: {what}")
         print(f"warning: {what}")
+    others = args.against and read_saved(parser, args.against)
     manifest = read_manifest(args.data, faces.files)
     answers = classify(faces, checkpoint, args)
     if not answers.files:
@@ -666,6 +701,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.calibrate:
         answers = calibrate(parser, answers, checkpoint, args)
     figures = measure(answers, checkpoint, classes, manifest, args)
+    if others:
+        try:
+            figures["against"] = compare_against(answers, others)
+        except ValueError as error:
+            parser.error(f"--against {args.against}: {error}")
     if args.through_112:
         figures["through_112"] = compare_112(answers, classify(faces, checkpoint, args, through_112=True), classes)
     print_report(figures, args.split if has_splits(args) else args.name)

@@ -114,6 +114,32 @@ def test_report_holds_what_scikit_learn_finds_in_the_saved_probs(built, trained,
     assert "no calibration" in said
 
 
+def test_two_checkpoints_are_compared_on_the_same_pictures(built, trained, tmp_path, capsys):
+    run(built, trained, tmp_path, "--save_probs")
+    path = tmp_path / "test_probs.npz"
+    saved = dict(np.load(path))
+    right = saved["probs"].argmax(1) == saved["labels"]
+    turned = right.nonzero()[0][:7]
+    saved["probs"][turned] = np.roll(saved["probs"][turned], 1, axis=1)         # seven right answers made wrong
+    order = np.arange(40)[::-1]
+    np.savez(tmp_path / "other.npz", **{key: value[order] for key, value in saved.items()})
+    capsys.readouterr()
+    run(built, trained, tmp_path, "--against", str(tmp_path / "other.npz"))
+    found = json.loads((tmp_path / "test_metrics.json").read_text())["against"]
+    assert (found["right_here_alone"], found["right_there_alone"]) == (7, 0)
+    assert found["accuracy"] == pytest.approx((right.sum() - 7) / 40) and found["mcnemar_p"] == 2 / 2 ** 7
+    assert "McNemar p 0.0156" in capsys.readouterr().out
+    np.savez(tmp_path / "fewer.npz", **{key: value[1:] for key, value in saved.items()})
+    np.savez(tmp_path / "labels.npz", **saved | {"labels": saved["labels"][::-1]})
+    np.savez(tmp_path / "nothing.npz", a=1)
+    (tmp_path / "text.npz").write_text("no")
+    for name in ("fewer", "labels", "nothing", "text", "missing"):
+        with pytest.raises(SystemExit) as stopped:
+            run(built, trained, tmp_path, "--against", str(tmp_path / f"{name}.npz"))
+        assert stopped.value.code == 2
+        assert f"--against {tmp_path / name}.npz: " in capsys.readouterr().err
+
+
 def test_manifest_says_which_pictures_count_apart(built, trained, tmp_path):
     run(built, trained, tmp_path)
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
