@@ -156,7 +156,7 @@ def side_targets(faces: FaceSet) -> Tensor:
         if age.isdecimal():
             targets[row, bisect.bisect_right(AGES, int(age)) - 1] = 1
         if gender in GENDERS:
-            targets[row, len(AGES) + list(GENDERS).index(gender)] = 1
+            targets[row, len(AGES) + int(gender)] = 1
     return targets
 
 

@@ -3,7 +3,8 @@
 The original MTCNN procedure (a pyramid of factor 0.707, a Python loop over its levels, candidates cut out one by one,
 suppression in numpy), a loop that classifies file after file in batches of one, a training loop that decodes every
 picture anew in the main process, and a builder of two such processes. Networks are loaded once and have the weights of
-the fast path, all in contiguous float32; nothing is left out, slowed down or repeated to make a comparison look better.
+the fast path, all in contiguous float32, and the functions that resize a level and warp a face are the fast path's;
+nothing is left out, slowed down or repeated to make a comparison look better.
 """
 import csv
 import math

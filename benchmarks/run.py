@@ -331,7 +331,7 @@ def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
         images, sizes = collate_photos([photos[i] for i in batch])
         images = images.to(device)
         faces = detector.detect(images, sizes)
-        align_faces(images, sizes.to(device), faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
+        align_faces(images, sizes, faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
         faces = Faces(*(value.cpu() for value in vars(faces).values()))
         return [faces.take(faces.image_index == k) for k in range(len(batch))]
 

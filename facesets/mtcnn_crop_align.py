@@ -258,8 +258,7 @@ def render_crops(batch: PhotoBatch, faces: Faces, rows: torch.Tensor, side: int)
     device = batch.images.device
     for numbers in torch.arange(len(rows)).flip(0).split(max(1, VIEW_BYTES // (3 * side ** 2))):
         where = rows[numbers].to(device)
-        views = align_faces(batch.images, batch.sizes.to(device), faces.image_index[where], faces.landmarks[where],
-                            WHOLE, side)
+        views = align_faces(batch.images, batch.sizes, faces.image_index[where], faces.landmarks[where], WHOLE, side)
         yield from zip(numbers.tolist(), views.cpu(), strict=True)
 
 

@@ -46,7 +46,7 @@ def fit_similarity(src: Tensor, dst: Tensor) -> Tensor:
 
 def invert_similarity(M: Tensor) -> Tensor:
     """Inverses of similarity transforms, (n, 2, 3) -> (n, 2, 3)."""
-    inverse = M[:, :, :2].mT / torch.linalg.vector_norm(M[:, :, :1], dim=1, keepdim=True).square()
+    inverse = M[:, :, :2].mT / M[:, :, :1].square().sum(1, keepdim=True)
     return torch.cat([inverse, -inverse @ M[:, :, 2:]], -1)
 
 
@@ -62,7 +62,7 @@ def view_axes(to_image: Tensor, extent: Tensor, window: tuple, side: int, sample
     steps = steps.view(side, samples).T                                                     # (samples, side), 0 ... 1
     scaled = to_image * (2 / extent[..., None])
     scaled[:, :, 2] += 1 / extent - 1
-    along, down, shift = torch.view_as_complex(scaled.mT.contiguous())[:, :, None, None].unbind(1)      # (n, 1, 1)
+    along, down, shift = torch.complex(scaled[:, 0], scaled[:, 1])[:, :, None, None].unbind(1)      # (n, 1, 1)
     return along * (x0 - 0.5 + (x1 - x0) * steps), down * (y0 - 0.5 + (y1 - y0) * steps) + shift
 
 
@@ -71,14 +71,15 @@ def sample_mean(images: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
 
     Pictures or axes may be one for all n. Returns (n, 3, side, side) float32; a picture's edges repeat beyond it.
     """
-    n, views = len(images) if len(columns) == 1 else len(columns), None
+    n = len(images) if len(columns) == 1 else len(columns)
+    views = None
     for row, column in itertools.product(rows.unbind(1), columns.unbind(1)):
         at = torch.view_as_real(row[:, :, None] + column[:, None])          # four times as fast as adding pairs
         sampled = F.grid_sample(images.expand(n, -1, -1, -1), at.expand(n, -1, -1, -1), mode="bilinear",
                                 padding_mode="border", align_corners=False)
         views = sampled if views is None else views.add_(sampled)
-    samples = rows.shape[1] * columns.shape[1]
-    return views.div_(samples) if samples > 1 else views
+    n_samples = rows.shape[1] * columns.shape[1]
+    return views.div_(n_samples) if n_samples > 1 else views
 
 
 def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, samples: int = 1) -> Tensor:
@@ -109,7 +110,8 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     images (B, 3, H, W) uint8, zero-padded right and below; sizes (B, 2) int64 true (height, width);
     image_index (n,) int64 and landmarks (n, 5, 2) float32 xy pixels as MTCNN.detect gives them; template: where the
     landmarks belong, a checkpoint's own.
-    Returns views (n, 3, side, side) uint8; n may be 0. What lies outside a photograph repeats its edge.
+    Returns views (n, 3, side, side) uint8 on the device of the images, whichever has the rest; n may be 0. What lies
+    outside a photograph repeats its edge.
     """
     to_photo = invert_similarity(fit_similarity(landmarks.cpu(), torch.tensor(template)))
     image_index = image_index.cpu()
@@ -117,14 +119,15 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     first, last = looked_at(to_photo, window, extent)
     to_photo[:, :, 2] -= first
     views = torch.empty(len(landmarks), 3, side, side, dtype=torch.uint8, device=images.device)
+    where = list(zip(image_index.tolist(), first.tolist(), last.tolist(), strict=True))
     alike = defaultdict(list)
     for row, samples in enumerate(count_samples(to_photo, window, side)):
         alike[samples].append(row)
     for samples, rows in alike.items():
         axes = view_axes(to_photo[rows], (last - first)[rows], window, side, samples)
         for row, columns, its_rows in zip(rows, *(axis.to(images.device).split(1) for axis in axes), strict=True):
-            (left, top), (right, bottom) = first[row].tolist(), last[row].tolist()
-            part = images[image_index[row], None, :, top:bottom, left:right].float()
+            i, (left, top), (right, bottom) = where[row]
+            part = images[i, None, :, top:bottom, left:right].float()
             views[row] = to_bytes(sample_mean(part, columns, its_rows))[0]
     return views
 

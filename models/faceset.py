@@ -199,9 +199,9 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
     found = torch.cat([torch.zeros(0, 5, 2, dtype=torch.float64), *landmarks])
     mean = found.mean(0) if len(found) else torch.tensor(CHIP_LANDMARKS, dtype=torch.float64) / 200
     for batch in load_photos(paths, batch_size, workers, MAX_SIDE, missed) if missed else ():
-        where = (mean * batch.sizes.flip(1)[:, None]).float().to(device)
-        views = align_faces(batch.images.to(device), batch.sizes.to(device),
-                            torch.arange(len(batch.positions), device=device), where, window, side, template)
+        where = (mean * batch.sizes.flip(1)[:, None]).float()
+        views = align_faces(batch.images.to(device), batch.sizes, torch.arange(len(batch.positions)), where, window,
+                            side, template)
         yield AlignedBatch(batch.positions, views.cpu(), "template", batch.failures)
 
 

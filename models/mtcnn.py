@@ -21,9 +21,10 @@ CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window moved by 2
 LEVEL_NMS = 0.5                 # overlap allowed between P-Net's boxes of one level
 FINEST = 2                      # levels that detect_largest leaves for later: three quarters of P-Net's work
 SURE = 2                        # times a level's window: a face that large is not one that this level finds
-CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # pixels of a level in one call of P-Net: on a CPU, what its caches
-BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 23}    # of the finest level of the pictures searched together
-CROP_PIXELS = {"cpu": 24_000, "cuda": 1 << 22}      # hold; and pixels of crops in one call of R-Net or O-Net, likewise
+# How much one call takes: on a CPU what its caches hold.
+CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # P-Net: pixels of a level
+CROP_PIXELS = {"cpu": 24_000, "cuda": 1 << 22}      # R-Net and O-Net: pixels of crops
+BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}    # pictures searched together: their pixels
 BUNCH = 256                     # boxes that are compared with one another in one call on a CPU
 LANES = 16                      # floats that a CPU's vector instructions take at once: channels are padded to these
 
@@ -118,7 +119,7 @@ class MTCNN(nn.Module):
             levels = pyramid(height, width, self.min_face_size)[which]
             if not levels:
                 continue
-            chunk = max(1, BATCH_PIXELS[images.device.type] // (levels[0][1] * levels[0][2]))
+            chunk = max(1, BATCH_PIXELS[images.device.type] // (height * width))
             for part in index.split(chunk):
                 part = among[part].to(images.device)
                 pictures = images[part, :, :height, :width]
@@ -192,8 +193,8 @@ class CellHead(nn.Conv2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         cells = maps.permute(0, 2, 3, 1)
-        return torch.addmm(self.bias[:, None], self.weight.flatten(1), cells.flatten(0, 2).T).unflatten(
-            1, cells.shape[:3])
+        outputs = torch.addmm(self.bias[:, None], self.weight.flatten(1), cells.flatten(0, 2).T)
+        return outputs.unflatten(1, cells.shape[:3])
 
 
 class MaxPool(nn.MaxPool2d):
@@ -202,19 +203,15 @@ class MaxPool(nn.MaxPool2d):
     PyTorch's own also notes where each maximum was, which takes up to four times as long.
     """
 
-    def __init__(self, size: int):
-        super().__init__(size, 2, ceil_mode=True)
-
     def forward(self, maps: Tensor) -> Tensor:
         if maps.is_cuda:
             return super().forward(maps)
-        for dim in (2, 3):
-            length = math.ceil((maps.shape[dim] - self.kernel_size) / 2) + 1
-            taps = [maps.narrow(dim, k, min(2 * length - 1, maps.shape[dim] - k)) for k in range(self.kernel_size)]
-            first, *others = (tap[:, :, ::2] if dim == 2 else tap[:, :, :, ::2] for tap in taps)
+        for before in ((slice(None),) * 2, (slice(None),) * 3):
+            end = 2 * math.ceil((maps.shape[len(before)] - self.kernel_size) / 2) + 1
+            first, *others = (maps[(*before, slice(k, k + end, 2))] for k in range(self.kernel_size))
             maps = first.clone()
             for other in others:
-                part = maps.narrow(dim, 0, other.shape[dim])
+                part = maps.narrow(len(before), 0, other.shape[len(before)])
                 torch.maximum(part, other, out=part)
         return maps
 
@@ -237,7 +234,7 @@ def quickened(net: nn.Sequential) -> nn.Sequential:
             slopes, layer = layer.weight, nn.PReLU(layer.num_parameters + extra)
             layer.weight = nn.Parameter(F.pad(slopes, (0, extra)))
         elif isinstance(layer, nn.MaxPool2d):
-            layer = MaxPool(layer.kernel_size)
+            layer = MaxPool(layer.kernel_size, layer.stride, ceil_mode=True)
         layers.append(layer)
     return nn.Sequential(*layers)
 
@@ -333,8 +330,8 @@ def cells_to_boxes(maps: list[Tensor], levels: list[tuple[float, int, int]], thr
     local = cell - starts[level]
     corner = torch.stack([local % widths[level], local // widths[level]], 1) * STRIDE + 1    # (n, 2) xy
     boxes = torch.cat([corner, corner + CELL], 1) / scales[level, None]
-    scores, *offsets = cells[:, image, cell]                                                # (n,) each
-    return boxes.round().float(), scores, torch.stack(offsets, 1), level, image
+    values = cells[:, image, cell]                                                          # (5, n)
+    return boxes.round().float(), values[0], values[1:].T, level, image
 
 
 def shift(boxes: Tensor, offsets: Tensor) -> Tensor:
@@ -363,8 +360,8 @@ def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> 
     time grows with the square of what is compared: on a CPU no more than BUNCH boxes or one group at once.
     """
     ends = boxes.double() + boxes.new_tensor([0, 0, 1, 1]) + (group * 100_000)[:, None]
-    kept, start = [group.new_zeros(0)], 0
-    for some, their_scores in zip(*(values.split(bunches(group)) for values in (ends, scores.double())), strict=True):
+    kept, start, counts = [group.new_zeros(0)], 0, bunches(group)
+    for some, their_scores in zip(ends.split(counts), scores.double().split(counts), strict=True):
         kept.append(nms(some, their_scores, threshold) + start)
         start += len(some)
     return torch.cat(kept).sort().values

@@ -245,7 +245,7 @@ def photo_rows(batch: PhotoBatch, faces: Faces, spec, settings: Settings) -> tup
     device = batch.images.device
     where = order.to(device)
     image_index, landmarks = faces.image_index[where], faces.landmarks[where]
-    found = batch.images, batch.sizes.to(device), image_index, landmarks
+    found = batch.images, batch.sizes, image_index, landmarks
     views = align_faces(*found, spec.window, spec.input_size, spec.template)
     crops = align_faces(*found, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(order)
     image_index = image_index.cpu()

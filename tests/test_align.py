@@ -126,7 +126,22 @@ def test_faces_across_and_beyond_the_edges(at):
     assert (views.int() - wanted.int()).abs().max() <= 2
 
 
+def test_many_faces_of_many_pictures_are_those_of_each_alone():
+    """In any order, at scales that want one sample a pixel, and four, and nine."""
+    photos = torch.randint(0, 256, (3, 3, 260, 300), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    sizes = torch.tensor([[260, 300], [200, 180], [240, 220]])
+    image_index = torch.tensor([2, 0, 1, 0, 2, 1, 0])
+    landmarks = torch.stack([apply(similarity(0.1 * i - 0.3, scale, 9 * i, 5 * i), POINTS)
+                             for i, scale in enumerate((0.5, 2.2, 1.0, 0.7, 1.6, 3.0, 1.9))])
+    together = align_faces(photos, sizes, image_index, landmarks, WINDOW, 64)
+    for i in range(7):
+        alone = align_faces(photos, sizes, image_index[i:i + 1], landmarks[i:i + 1], WINDOW, 64)
+        assert torch.equal(together[i], alone[0])
+    assert len({view.float().mean().item() for view in together}) == 7
+
+
 def test_no_faces_give_an_empty_batch():
+    assert sample_views(torch.zeros(0, 3, 9, 9), torch.zeros(0, 2, 3), WINDOW, 96).shape == (0, 3, 96, 96)
     assert crop_views(torch.zeros(0, 3, 112, 112, dtype=torch.uint8), WINDOW, 96).shape == (0, 3, 96, 96)
     views = align_faces(torch.zeros(1, 3, 9, 9, dtype=torch.uint8), torch.tensor([[9, 9]]),
                         torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, 2), WINDOW, 96)

@@ -10,9 +10,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch import nn
+from torchvision.ops import nms
 
 from models import mtcnn
-from models.mtcnn import MTCNN, WEIGHTS, pyramid, resize, suppress_nested
+from models.mtcnn import (
+    BUNCH,
+    MTCNN,
+    WEIGHTS,
+    MaxPool,
+    build_onet,
+    build_pnet,
+    build_rnet,
+    pyramid,
+    quickened,
+    resize,
+    run_pnet,
+    suppress,
+    suppress_nested,
+)
 
 ASTRONAUT = Path(__file__).resolve().parent.parent / "facesets" / "samples" / "astronaut.jpg"
 
@@ -132,6 +148,50 @@ def test_fine_levels_are_searched_only_where_no_face_is_large(detector, astronau
     levels.clear()
     detector.detect_largest(images[::2], sizes[::2])
     assert finest not in [tuple(size) for *size, _ in levels] and levels
+
+
+@pytest.mark.parametrize("counts", [(), (1,), (3, 0, 2), (40,) * 30, (5, BUNCH + 60, 7, 100, 180)])
+def test_suppression_of_many_groups_is_that_of_each(counts):
+    generator = torch.Generator().manual_seed(5)
+    corner = torch.randint(0, 60, (sum(counts), 2), generator=generator).float()
+    boxes = torch.cat([corner, corner + torch.randint(12, 50, (sum(counts), 1), generator=generator)], 1)
+    scores = torch.rand(sum(counts), generator=generator)
+    wanted, start = [], 0
+    for count in counts:
+        some = slice(start, start + count)
+        wanted += (nms(boxes[some] + torch.tensor([0, 0, 1, 1]), scores[some], 0.5).sort().values + start).tolist()
+        start += count
+    group = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    assert suppress(boxes, scores, group, 0.5).tolist() == wanted
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("shape", [(2, 16, 5, 8), (1, 3, 8, 7), (4, 32, 46, 22), (2, 1, 3, 3), (0, 4, 6, 6)])
+def test_pooling_by_rows_and_columns_is_pooling(size, shape):
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(memory_format=torch.channels_last)
+    plain = nn.MaxPool2d(size, 2, ceil_mode=True)
+    found = MaxPool(size, 2, ceil_mode=True)(maps)
+    if len(maps):
+        assert torch.equal(found, plain(maps)) and found.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert found.shape == (0, 4, 3, 3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("build, side", [(build_pnet, 25), (build_rnet, 24), (build_onet, 48)])
+def test_quickened_networks_give_the_same(build, side):
+    torch.manual_seed(7)
+    plain, pictures = build(), torch.randn(3, 3, side, side + side % 2)
+    found, wanted = quickened(plain)(pictures), plain(pictures)
+    assert torch.allclose(found.transpose(0, 1) if build is build_pnet else found, wanted, atol=1e-5)
+
+
+def test_a_level_in_splits_and_bands_is_the_level(detector, monkeypatch):
+    pictures = torch.randint(0, 256, (5, 3, 61, 84), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+    whole = run_pnet(detector.pnet, pictures, 40, 55)
+    for pixels in (3 * 40 * 55, 1500, 300, 1):
+        monkeypatch.setitem(mtcnn.CHUNK_PIXELS, "cpu", pixels)
+        assert torch.allclose(run_pnet(detector.pnet, pictures, 40, 55), whole, atol=1e-5)
 
 
 def test_nested_boxes_are_suppressed_within_an_image_only():
