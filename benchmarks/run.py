@@ -88,7 +88,7 @@ class Sizes:
     chips: int = 512
     photos: int | None = None               # None is all of wild.tar
     agreed: int = 512                       # chips that both sides label end to end once, to compare the answers
-    crops: int = 2048
+    crops: int = 4096
     plain_crops: int = 384
     steps: int | None = 20                  # of the 207 of an epoch on 13,207 crops; None is all
     plain_steps: int = 8

@@ -276,10 +276,10 @@ def enable_heic() -> None:
 def upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; as it is where the tag cannot be read."""
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except (SyntaxError, ValueError, TypeError, KeyError, ZeroDivisionError, struct.error):
         image.load()
-        return image
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

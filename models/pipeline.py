@@ -136,7 +136,7 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     per_chunk = size // DECODE_BATCH
     chunks = range(count_chunks(len(photos))) if chunks is None else chunks
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
-    with Cores(labeller.device) as cores:
+    with Cores(labeller.device, lone_caller=True) as cores:
         batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers, cores=cores)
         found = cores.in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches)
         labelled = cores.in_turn(lambda some: label_faces(some, labeller, settings),
@@ -153,10 +153,10 @@ def first_position(batch: PhotoBatch) -> int:
 
 @dataclass
 class Found:
-    """Rows of some pictures of a chunk: of faces, with their views (k, 3, S, S) uint8, and of pictures without one."""
+    """Rows of some pictures of a chunk: of faces, with a view (3, S, S) uint8 each, and of pictures without one."""
     chunk: int
     faces: list[Row]
-    views: Tensor
+    views: list[Tensor]
     without: list[Row]
 
 
@@ -166,20 +166,20 @@ def full_batches(found: Iterable[Found], batch_size: int) -> Iterator[Found]:
         faces, views, without = [], [], []
         for some in its:
             faces += some.faces
-            views.append(some.views)
+            views += some.views
             without += some.without
             while len(faces) >= batch_size:
-                rows = torch.cat(views)
-                yield Found(chunk, faces[:batch_size], rows[:batch_size], without)
-                faces, views, without = faces[batch_size:], [rows[batch_size:]], []
-        yield Found(chunk, faces, torch.cat(views), without)
+                yield Found(chunk, faces[:batch_size], views[:batch_size], without)
+                faces, views, without = faces[batch_size:], views[batch_size:], []
+        yield Found(chunk, faces, views, without)
 
 
 def label_faces(found: Found, labeller: Labeller, settings: Settings) -> Found:
     """The same, its faces with their probabilities."""
-    for row, probs in zip(found.faces, labeller.probs(found.views, settings.flip), strict=True):
-        row.probs = probs
-    return replace(found, views=found.views[:0])
+    probs = labeller.probs(torch.stack(found.views), settings.flip) if found.faces else ()
+    for row, its in zip(found.faces, probs, strict=True):
+        row.probs = its
+    return replace(found, views=[])
 
 
 def find_faces(batch: PhotoBatch, size: int, labeller: Labeller, detector: MTCNN | None, settings: Settings) -> Found:
@@ -198,7 +198,7 @@ def find_faces(batch: PhotoBatch, size: int, labeller: Labeller, detector: MTCNN
     rows = [row for its_rows, _ in parts for row in its_rows]
     without = [Row(position, -1, status, error=why) for position, status, why in batch.failures]
     return Found(first_position(batch) // size, [row for row in rows if row.status == "ok"],
-                 torch.cat([views for _, views in parts]), without + [row for row in rows if row.status != "ok"])
+                 [view for _, views in parts for view in views], without + [row for row in rows if row.status != "ok"])
 
 
 def take(batch: PhotoBatch, which: Tensor) -> PhotoBatch:

@@ -19,9 +19,12 @@ class Cores:
 
     Detection is hundreds of small operations: two threads on each are hardly faster than one, two pictures at once
     are. Steps that follow one another share one object: with threads of its own, each would take cores from the next.
+    lone_caller: the caller's own operations, which are few, run on one thread meanwhile; helpers of theirs would wait
+    for more work in a loop, on these threads' cores.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, lone_caller: bool = False):
+        self.lone_caller = lone_caller
         self.before = torch.get_num_threads()
         self.threads = min(self.before, MOST_THREADS) if device.type == "cpu" else 1
 
@@ -31,6 +34,8 @@ class Cores:
                 ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)   # else each thread keeps freed memory that no other may use
             self.interval = sys.getswitchinterval()
             sys.setswitchinterval(SWITCH)
+            if self.lone_caller:
+                torch.set_num_threads(1)
             self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
         return self
 

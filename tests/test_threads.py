@@ -34,6 +34,14 @@ def test_each_item_has_one_thread_and_the_caller_keeps_its_own():
     assert torch.get_num_threads() == 2 and sys.getswitchinterval() == before
 
 
+def test_a_lone_caller_has_one_thread_meanwhile():
+    with Cores(CPU):
+        assert torch.get_num_threads() == 2
+    with Cores(CPU, lone_caller=True):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
 def test_threads_born_later_have_all_threads():
     """Autograd's backward pass runs in one."""
     list(in_turn(lambda i: i, range(4)))
