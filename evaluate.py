@@ -701,7 +701,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.calibrate:
         answers = calibrate(parser, answers, checkpoint, args)
     figures = measure(answers, checkpoint, classes, manifest, args)
-    if others:
+    if args.against:
         try:
             figures["against"] = compare_against(answers, others)
         except ValueError as error:

@@ -222,7 +222,7 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
 
     def search(batch: PhotoBatch) -> tuple[PhotoBatch, Faces]:
         batch = replace(batch, images=batch.images.to(device))
-        return batch, detector.detect(batch.images, batch.sizes.to(device))
+        return batch, detector.detect(batch.images, batch.sizes)
 
     bar = tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05)
     with bar, Cores(device) as cores:

@@ -209,7 +209,7 @@ def align_batch(batch: PhotoBatch, finished: bool, detector: MTCNN, window: tupl
                 chips: tuple | None) -> SearchedBatch:
     """The views of a batch, but for pictures without a face; the rest as for align_set."""
     device = next(detector.parameters()).device
-    images, sizes = batch.images.to(device), batch.sizes.to(device)
+    images = batch.images.to(device)
     positions = torch.tensor(batch.positions, dtype=torch.int64)
     ready = come_as_crops(batch.sizes, chips) | finished
     crops = ready.nonzero().squeeze(1)
@@ -217,11 +217,11 @@ def align_batch(batch: PhotoBatch, finished: bool, detector: MTCNN, window: tupl
     came = AlignedBatch(positions[crops].tolist(), views.cpu(), "crop", batch.failures)
     if ready.all():
         return SearchedBatch([came], [], torch.zeros(0, 5, 2, dtype=torch.float64))
-    faces = detector.detect(images, sizes)
+    faces = detector.detect(images, batch.sizes)
     rows = central_face(faces, batch.sizes)
     having = ((rows >= 0) & ~ready).nonzero().squeeze(1)
     landmarks = faces.landmarks[rows[having].to(device)]
-    views = align_faces(images, sizes, having.to(device), landmarks, window, side, template)
+    views = align_faces(images, batch.sizes, having, landmarks, window, side, template)
     return SearchedBatch([came, AlignedBatch(positions[having].tolist(), views.cpu(), "mtcnn", [])],
                          positions[(rows < 0) & ~ready].tolist(),
                          (landmarks.cpu() / batch.sizes[having].flip(1)[:, None]).double())
