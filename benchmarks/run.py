@@ -9,7 +9,8 @@
   memory    peak memory of infer.py on 100,000 files and on 5,000, of the
             index of 5 million names and of 50,000                         (only with --only memory or --full)
 
-What is compared takes turns within one run; a figure is the median of its runs. What both sides find is compared too.
+Each entry runs in a process of its own. What is compared takes turns within one run; a figure is the median of its
+runs. What both sides find is compared too.
 Run it on a machine that does nothing else.
 
 Reads   UTKFace.tar and wild.tar in --data (by default FACES_DATA, else ../shared/data), and a checkpoint.
@@ -377,10 +378,15 @@ def align_files(paths: list[str], face_size: float, batched: bool, device: torch
             align_each([decode_photo(path)[0]], detector)
 
 
+def call_alone(function: Callable, *args):
+    """What a function returns in a new process, where nothing that ran before can have an effect."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def peak_alone(function: Callable, *args) -> float | None:
     """Peak resident memory, in MB, of a new process that calls a function; None where Linux's /proc is missing."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_after, function, args).result()
+    return call_alone(peak_after, function, args)
 
 
 def peak_after(function: Callable, args: tuple) -> float | None:
@@ -706,7 +712,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--ckpt {args.ckpt}: {error}")
         for name in names:
             start = time.perf_counter()
-            results[name] = ENTRIES[name](bench)
+            results[name] = call_alone(ENTRIES[name], bench)
             print(format_result(name, results[name], time.perf_counter() - start), flush=True)
             args.out.write_text(json.dumps(about | {"results": {n: as_json(r) for n, r in results.items()}}, indent=1)
                                 + "\n")
