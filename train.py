@@ -9,8 +9,10 @@ Writes  --out (weights, spec and calibration), <out stem>.log.jsonl (a line an e
 """
 import bisect
 import copy
+import csv
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -38,7 +40,7 @@ from models.ranks import from_first, leave_distributed, moved_in, start_distribu
 
 FEWEST_PERSONS = 5      # folders per class from which on a picture's folder is taken for a person's
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
-TEACHER_SHARE = 0.5     # of each target that comes from --teacher; the label makes up the rest
+TEACHER_SHARE = 0.7     # of each target that comes from --teacher; the label makes up the rest
 WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
 AGES = (0, 5, 10, 18, 26, 34, 44, 56, 70)   # lower ends of the age bands that are learnt, years
 AVERAGE_EVERY = 4       # steps between two updates of the weight average, which take a fiftieth of a step on a CPU
@@ -77,16 +79,18 @@ RECIPES = {
 class Crops:
     """A set in memory: whole-template crops (N, 3, R, R) uint8, their labels (N,) int64, and targets (N, T) float32.
 
-    A target is what training aims at: the label as a one-hot row, or mixed with what a teacher says; then,
+    A target is what training aims at: the label as a one-hot row, or mixed with what teachers say; then,
     where a recipe asks for them, age band and gender as one-hot rows too, zeros where they are unknown.
+    paths: where the pictures lie.
     """
     crops: Tensor
     labels: Tensor
     targets: Tensor
+    paths: list[str]
 
     def to(self, device: torch.device) -> "Crops":
         """The same on a device."""
-        return Crops(self.crops.to(device), self.labels.to(device), self.targets.to(device))
+        return Crops(self.crops.to(device), self.labels.to(device), self.targets.to(device), self.paths)
 
 
 def split_off(faces: FaceSet, share: float, seed: int, workers: int = 0, rank: int = 0) -> tuple[FaceSet, FaceSet]:
@@ -165,7 +169,7 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str, side: bool
 
     side: the targets hold age and gender too.
     """
-    crops, labels = [], []
+    crops, labels, paths = [], [], []
     targets = [F.one_hot(faces.labels, len(faces.classes)).float() for faces in sets]
     if side:
         targets = [torch.cat([its, side_targets(faces)], 1) for its, faces in zip(targets, sets, strict=True)]
@@ -182,19 +186,57 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str, side: bool
         crops.append(part if good.all() else part[good])
         labels.append(faces.labels[good])
         targets[i] = targets[i][good]
-    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), torch.cat(labels), torch.cat(targets))
+        paths += [path for path, kept in zip(faces.paths(), good.tolist(), strict=True) if kept]
+    return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), torch.cat(labels), torch.cat(targets), paths)
 
 
-def read_teacher(spec: FaceSpec, args) -> Checkpoint:
-    """The checkpoint of --teacher; one that cannot teach these classes ends the run."""
+def read_teacher(path: str, spec: FaceSpec, args) -> Checkpoint | dict[str, list[float]]:
+    """A checkpoint of --teacher, or a table's probabilities by absolute path; one that cannot teach ends the run."""
     try:
-        teacher = load_checkpoint(args.teacher)
-    except CheckpointError as error:
-        args.parser.error(f"--teacher {args.teacher}: {error}")
-    if teacher.spec.classes != spec.classes:
-        args.parser.error(f"--teacher {args.teacher}: it knows {', '.join(teacher.spec.classes)}; "
+        teacher = read_opinions(path, spec.classes) if path.endswith(".csv") else load_checkpoint(path)
+    except (CheckpointError, FaceSetError) as error:
+        args.parser.error(f"--teacher {path}: {error}")
+    if isinstance(teacher, Checkpoint) and teacher.spec.classes != spec.classes:
+        args.parser.error(f"--teacher {path}: it knows {', '.join(teacher.spec.classes)}; "
                           f"--data has {', '.join(spec.classes)}")
     return teacher
+
+
+def read_opinions(path: str, classes: tuple[str, ...]) -> dict[str, list[float]]:
+    """Probabilities by absolute path of a CSV with columns image (relative to the CSV, or absolute) and p_<class>...
+
+    Raises FaceSetError.
+    """
+    if not Path(path).is_file():
+        raise FaceSetError("no such file")
+    columns = [f"p_{name}" for name in classes]
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        missing = {"image", *columns} - set(reader.fieldnames or ())
+        if missing:
+            raise FaceSetError(f"it has no column {min(missing)}")
+        try:
+            said = {os.path.abspath(Path(path).parent / row["image"]): [float(row[name]) for name in columns]
+                    for row in reader}
+        except (csv.Error, TypeError, ValueError) as error:
+            raise FaceSetError(f"line {reader.line_num} cannot be read ({error})") from None
+    return said
+
+
+def learn_from(teachers: list[Checkpoint | dict], train: Crops, args) -> None:
+    """Mixes TEACHER_SHARE of what the teachers say, the geometric mean of their probabilities, into the targets."""
+    logs = []
+    for path, teacher in zip(args.teacher, teachers, strict=True):
+        if isinstance(teacher, Checkpoint):
+            said = teach(teacher, train.crops, args)
+        else:
+            unknown = next((file for file in map(os.path.abspath, train.paths) if file not in teacher), None)
+            if unknown:
+                args.parser.error(f"--teacher {path}: it says nothing of {unknown}")
+            said = torch.tensor([teacher[os.path.abspath(file)] for file in train.paths])
+        logs.append(said.clamp(min=1e-6).log())
+    said = torch.stack(logs).mean(0).softmax(1)
+    train.targets[:, :said.shape[1]].lerp_(said, TEACHER_SHARE)
 
 
 def teach(teacher: Checkpoint, crops: Tensor, args) -> Tensor:
@@ -697,8 +739,9 @@ def parse_args(argv: list[str] | None = None):
                         help="validation share of a set without a val folder: whole persons, or whole photographs")
     parser.add_argument("--seed", type=cli.natural_int, default=2023)
     parser.add_argument("--init", default="random", metavar="random|imagenet|FILE")
-    parser.add_argument("--teacher", metavar="FILE", help="checkpoint of the same classes to learn from as well: its "
-                        "probabilities make up half of each target")
+    parser.add_argument("--teacher", nargs="+", default=[], metavar="FILE",
+                        help="to learn from as well: checkpoints of the same classes, or tables of "
+                             "facesets/second_opinion.py; what they say makes up 0.7 of each target")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
     parser.add_argument("--device", type=cli.device, default="auto")
@@ -716,8 +759,9 @@ def check_outputs(args) -> None:
     """Refuses to lose an earlier run, or to go on with one that was never begun or was begun otherwise."""
     cli.output_folder(args.parser, "--out", args.out.parent)
     cli.output_folder(args.parser, "--vis_dir", args.vis_dir)
-    if args.teacher and Path(args.teacher).resolve() == args.out.resolve():
-        args.parser.error(f"--teacher {args.teacher}: --out would replace it")
+    for teacher in args.teacher:
+        if Path(teacher).resolve() == args.out.resolve():
+            args.parser.error(f"--teacher {teacher}: --out would replace it")
     if not args.resume:
         cli.refuse_existing(args.parser, "--out", [args.out, args.resume_file], args.overwrite)
         return
@@ -736,8 +780,10 @@ def check_outputs(args) -> None:
 
 def warn_of_seen(args) -> None:
     """Says so where a network to go on from, or to learn from, may have been trained on pictures validated on here."""
-    for flag, path in (("--init", args.init), ("--teacher", args.teacher)):
-        seen = load_checkpoint(path).about.get("train_files") if path and path not in ("random", "imagenet") else None
+    checkpoints = [("--teacher", path) for path in args.teacher if not path.endswith(".csv")]
+    checkpoints += [("--init", args.init)] if args.init not in ("random", "imagenet") else []
+    for flag, path in checkpoints:
+        seen = load_checkpoint(path).about.get("train_files")
         if seen and not set(args.train_files.values()) <= set(seen.values()):
             print(f"warning: {flag} {path} was trained on another choice of pictures; where it is of the same sets, "
                   "validation here may hold some of them, and tell too well of the network")
@@ -759,14 +805,14 @@ def main(argv: list[str] | None = None) -> None:
         args.parser.error(f"--data: {error}")
     except CheckpointError as error:
         args.parser.error(f"--init {args.init}: {error}")
-    teacher = args.teacher and read_teacher(spec, args)
+    teachers = [read_teacher(path, spec, args) for path in args.teacher]
     args.train_files = {root: faceset_digest(faces.files) for root, faces in zip(args.data, train_sets, strict=True)}
     if args.rank == 0:
         warn_of_seen(args)
     train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train", side=recipe.side > 0)
     val = load_crops(val_sets, VAL_CROP, args, "validation")
-    if teacher:
-        train.targets[:, :len(spec.classes)].lerp_(teach(teacher, train.crops, args), TEACHER_SHARE)
+    if teachers:
+        learn_from(teachers, train, args)
     args.on_device = args.device.type == "cuda" and fits(train.crops, args.device)
     if args.resume:
         training.restore(torch.load(args.resume_file, map_location=args.device, weights_only=True))

@@ -513,7 +513,7 @@ def bench_epoch(bench: Bench) -> Result:
     def steps_of(rows):
         with redirect_stderr(io.StringIO()):                            # a progress bar
             n = len(rows)
-            some = train.Crops(data.crops[:n], data.labels[:n], data.targets[:n])
+            some = train.Crops(data.crops[:n], data.labels[:n], data.targets[:n], data.paths[:n])
             train.train_one_epoch(training, training.model, some, recipe, side, args)
 
     ours, ceiling, other = result.figures = take_turns(f"training, batch {BATCH}", {

@@ -232,7 +232,7 @@ def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
 
 
 def test_every_picture_once_an_epoch_over_two_ranks():
-    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), torch.eye(10))
+    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), torch.eye(10), [""] * 10)
     seen = []
     for rank in range(2):
         args = train.parse_args(["--batch_size", "5"])
@@ -311,20 +311,34 @@ def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):
     assert torch.equal(model.backbone.fc.weight, head)
 
 
-def test_a_teacher_makes_up_half_of_the_targets(drawn_set, tmp_path, small_recipe, monkeypatch):
+def write_opinions(path, pictures, classes=("White", "Black", "Asian", "Indian")) -> torch.Tensor:
+    """A table that is surest of the classes in turn; its probabilities (n, 4)."""
+    probs = torch.eye(4)[torch.arange(len(pictures)) % 4] * 0.6 + 0.1
+    rows = [[picture, *map(str, row)] for picture, row in zip(pictures, probs.tolist(), strict=True)]
+    path.write_text("\n".join(map(",".join, [["image", *(f"p_{name}" for name in classes)], *rows])) + "\n")
+    return probs
+
+
+def test_teachers_make_up_a_share_of_the_targets(drawn_set, tmp_path, small_recipe, monkeypatch):
+    """A checkpoint and a table together: the geometric mean of what they say."""
     write_manifest(drawn_set)
     common = ["--data", str(drawn_set), "--vis_dir", str(tmp_path)]
     run(*common, "--out", str(tmp_path / "teacher.pt"), "--epochs", "6", "--batch_size", "16")
     seen, real = [], train.run_epochs
     monkeypatch.setattr(train, "run_epochs", lambda training, recipe, crops, *rest: (
         seen.append(crops), real(training, recipe, crops, *rest)))
-    run(*common, "--out", str(tmp_path / "pupil.pt"), "--epochs", "2", "--teacher", str(tmp_path / "teacher.pt"))
+    faces = train.read_faceset(drawn_set, "train")
+    table = write_opinions(drawn_set / "said.csv", faces.files)                     # relative to the table
+    run(*common, "--out", str(tmp_path / "pupil.pt"), "--epochs", "2", "--teacher", str(tmp_path / "teacher.pt"),
+        str(drawn_set / "said.csv"))
     args = train.parse_args(["--data", str(drawn_set)])
     args.device, args.rank = torch.device("cpu"), 0
     one_hot = torch.nn.functional.one_hot(seen[0].labels, 4).float()
     said = train.teach(load_checkpoint(tmp_path / "teacher.pt"), seen[0].crops, args)
-    assert torch.allclose(seen[0].targets[:, :4], (one_hot + said) / 2, atol=1e-5)
-    assert torch.equal(seen[0].targets[:, 4:], train.side_targets(train.read_faceset(drawn_set, "train")))
+    both = (said * table).sqrt()
+    both = both / both.sum(1, keepdim=True)
+    assert torch.allclose(seen[0].targets[:, :4], one_hot.lerp(both, train.TEACHER_SHARE), atol=1e-5)
+    assert torch.equal(seen[0].targets[:, 4:], train.side_targets(faces))
     assert (said - one_hot).abs().max() > 0.01
 
 
@@ -379,6 +393,23 @@ def test_a_teacher_of_other_classes_is_an_error(drawn_set, tmp_path, small_recip
             str(tmp_path / "a.pt"))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "it knows White, Black, Asian, Indian; --data has Pale" in error
+
+
+@pytest.mark.parametrize("content, error", [
+    (None, "no such file"), ("image,label\n", "it has no column p_Asian"),
+    ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0\n", "line 2 cannot be read"),
+    ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0,0\n", "it says nothing of"),
+])
+def test_a_table_that_cannot_teach_is_one_line(drawn_set, tmp_path, small_recipe, capsys, content, error):
+    table = tmp_path / "said.csv"
+    if content:
+        table.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", str(drawn_set), "--out", str(tmp_path / "b.pt"), "--vis_dir", str(tmp_path), "--teacher",
+            str(table))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"--teacher {table}: {error}" in last
+    assert not (tmp_path / "b.pt").exists()
 
 
 def test_another_flag_is_not_mixed_into_a_resumed_run(drawn_set, tmp_path, small_recipe, monkeypatch, capsys):
