@@ -31,14 +31,13 @@ from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_view
 from models.calibration import fit_calibration
 from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
-from models.duplicates import group_files
-from models.faceset import GENDERS, FaceSet, FaceSetError, align_set, faceset_digest, read_faceset, read_manifest
+from models.faceset import GENDERS, FaceSet, FaceSetError, align_set, faceset_digest, read_manifest
 from models.metrics import confusion_matrix
 from models.mtcnn import MTCNN
 from models.pipeline import Labeller, network_batch
 from models.ranks import from_first, leave_distributed, moved_in, start_distributed
+from models.splits import read_sets
 
-FEWEST_PERSONS = 5      # folders per class from which on a picture's folder is taken for a person's
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 TEACHER_SHARE = 0.7     # of each target that comes from --teacher; the label makes up the rest
 WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
@@ -81,7 +80,7 @@ class Crops:
 
     A target is what training aims at: the label as a one-hot row, or mixed with what teachers say; then,
     where a recipe asks for them, age band and gender as one-hot rows too, zeros where they are unknown.
-    paths: where the pictures lie.
+    paths: where the pictures lie, absolute.
     """
     crops: Tensor
     labels: Tensor
@@ -91,64 +90,6 @@ class Crops:
     def to(self, device: torch.device) -> "Crops":
         """The same on a device."""
         return Crops(self.crops.to(device), self.labels.to(device), self.targets.to(device), self.paths)
-
-
-def split_off(faces: FaceSet, share: float, seed: int, workers: int = 0, rank: int = 0) -> tuple[FaceSet, FaceSet]:
-    """Train and validation parts of a set that has none; rank 0 looks at the pictures for all ranks.
-
-    Each class gives `share` of its groups, which are never divided. One with two labels is trained on: validation
-    would not know which is right.
-    """
-    groups = from_first(group_pictures(faces, workers) if rank == 0 else None)
-    by_label: dict[int, list[str]] = {}
-    for name in sorted(groups):
-        labels = set(faces.labels[groups[name]].tolist())
-        if len(labels) == 1:
-            by_label.setdefault(labels.pop(), []).append(name)
-    generator, held = torch.Generator().manual_seed(seed), set()
-    for _, names in sorted(by_label.items()):
-        order = torch.randperm(len(names), generator=generator).tolist()
-        for i in order[:max(1, round(share * len(names)))] if len(names) > 1 else ():
-            held.update(groups[names[i]])
-    return faces.subset([row for row in range(len(faces)) if row not in held]), faces.subset(sorted(held))
-
-
-def group_pictures(faces: FaceSet, workers: int) -> dict[str, list[int]]:
-    """Rows of a set that belong together, by a name: those of a person's folder, or else of one photograph.
-
-    Folders of a single class are taken for persons' where there are FEWEST_PERSONS of them per class.
-    """
-    folders: dict[str, list[int]] = {}
-    for row, file in enumerate(faces.files):
-        folders.setdefault(str(Path(file).parent), []).append(row)
-    n_pure = sum(len(set(faces.labels[rows].tolist())) == 1 for rows in folders.values())
-    if n_pure >= FEWEST_PERSONS * len(faces.classes):
-        return folders
-    same = group_files(faces.paths(), workers, f"{faces.root}: looking for equal pictures")
-    return {min(faces.files[row] for row in rows): rows for rows in same}
-
-
-def read_sets(args) -> tuple[list[FaceSet], list[FaceSet]]:
-    """Training and validation part of each --data; all with the classes of the first. Raises FaceSetError."""
-    train, val, classes = [], [], None
-    for root in args.data:
-        whole = read_faceset(root, "train", args.class_map, classes)
-        classes = whole.classes
-        if whole.unmatched:
-            raise FaceSetError(f"{root}: folder {whole.unmatched[0]} matches no class of {args.data[0]} "
-                               f"({', '.join(classes)}); --class_map {whole.unmatched[0]}=CLASS names its class")
-        if (Path(root) / "val").is_dir():
-            train.append(whole)
-            val.append(read_faceset(root, "val", args.class_map, classes))
-        else:
-            parts = split_off(whole, args.val_share, args.seed, args.workers, args.rank)
-            train.append(parts[0])
-            val.append(parts[1])
-    for name, sets in (("train", train), ("validation", val)):
-        counts = sum(torch.bincount(faces.labels, minlength=len(classes)) for faces in sets)
-        if (counts == 0).any():
-            raise FaceSetError(f"no {name} picture of class {classes[int(counts.argmin())]}")
-    return train, val
 
 
 def side_targets(faces: FaceSet) -> Tensor:
@@ -186,40 +127,57 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str, side: bool
         crops.append(part if good.all() else part[good])
         labels.append(faces.labels[good])
         targets[i] = targets[i][good]
-        paths += [path for path, kept in zip(faces.paths(), good.tolist(), strict=True) if kept]
+        paths += [os.path.abspath(path) for path, kept in zip(faces.paths(), good.tolist(), strict=True) if kept]
     return Crops(crops[0] if len(crops) == 1 else torch.cat(crops), torch.cat(labels), torch.cat(targets), paths)
 
 
-def read_teacher(path: str, spec: FaceSpec, args) -> Checkpoint | dict[str, list[float]]:
-    """A checkpoint of --teacher, or a table's probabilities by absolute path; one that cannot teach ends the run."""
+def read_teacher(path: str, spec: FaceSpec, train: list[FaceSet], val: list[FaceSet], args) -> Checkpoint | dict:
+    """A checkpoint of --teacher, or what a table says; one that cannot teach these sets ends the run."""
     try:
         teacher = read_opinions(path, spec.classes) if path.endswith(".csv") else load_checkpoint(path)
-    except (CheckpointError, FaceSetError) as error:
+    except (CheckpointError, TableError) as error:
         args.parser.error(f"--teacher {path}: {error}")
-    if isinstance(teacher, Checkpoint) and teacher.spec.classes != spec.classes:
-        args.parser.error(f"--teacher {path}: it knows {', '.join(teacher.spec.classes)}; "
-                          f"--data has {', '.join(spec.classes)}")
+    if isinstance(teacher, Checkpoint):
+        if teacher.spec.classes != spec.classes:
+            args.parser.error(f"--teacher {path}: it knows {', '.join(teacher.spec.classes)}; "
+                              f"--data has {', '.join(spec.classes)}")
+        return teacher
+    wanted, unwanted = ([os.path.abspath(file) for faces in sets for file in faces.paths()] for sets in (train, val))
+    unknown = next((file for file in wanted if file not in teacher), None)
+    if unknown:
+        args.parser.error(f"--teacher {path}: it says nothing of {unknown}")
+    known = next((file for file in unwanted if file in teacher), None)
+    if known:
+        args.parser.error(f"--teacher {path}: it learnt from {known}, which is validated on here; make it with the "
+                          "same --data, --class_map, --val_share and --seed")
     return teacher
+
+
+class TableError(Exception):
+    """A CSV that is no table of probabilities; the message says why."""
 
 
 def read_opinions(path: str, classes: tuple[str, ...]) -> dict[str, list[float]]:
     """Probabilities by absolute path of a CSV with columns image (relative to the CSV, or absolute) and p_<class>...
 
-    Raises FaceSetError.
+    An empty list for pictures whose cells are empty: they could not be read. Raises TableError.
     """
-    if not Path(path).is_file():
-        raise FaceSetError("no such file")
-    columns = [f"p_{name}" for name in classes]
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
-        missing = {"image", *columns} - set(reader.fieldnames or ())
-        if missing:
-            raise FaceSetError(f"it has no column {min(missing)}")
-        try:
-            said = {os.path.abspath(Path(path).parent / row["image"]): [float(row[name]) for name in columns]
-                    for row in reader}
-        except (csv.Error, TypeError, ValueError) as error:
-            raise FaceSetError(f"line {reader.line_num} cannot be read ({error})") from None
+    columns, said = [f"p_{name}" for name in classes], {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            missing = {"image", *columns} - set(reader.fieldnames or ())
+            if missing:
+                raise TableError(f"it has no column {min(missing)}")
+            for row in reader:
+                probs = [float(row[name]) for name in columns] if any(row[name] for name in columns) else []
+                if not row["image"] or probs and not (min(probs) >= 0 and abs(sum(probs) - 1) < 0.01):
+                    raise TableError(f"line {reader.line_num} has no image, or its probabilities do not add up to 1")
+                said[os.path.abspath(Path(path).parent / row["image"])] = probs
+    except OSError as error:
+        raise TableError(error.strerror) from None
+    except (csv.Error, TypeError, ValueError) as error:
+        raise TableError(f"it cannot be read ({error})") from None
     return said
 
 
@@ -230,13 +188,13 @@ def learn_from(teachers: list[Checkpoint | dict], train: Crops, args) -> None:
         if isinstance(teacher, Checkpoint):
             said = teach(teacher, train.crops, args)
         else:
-            unknown = next((file for file in map(os.path.abspath, train.paths) if file not in teacher), None)
-            if unknown:
-                args.parser.error(f"--teacher {path}: it says nothing of {unknown}")
-            said = torch.tensor([teacher[os.path.abspath(file)] for file in train.paths])
+            unread = next((file for file in train.paths if not teacher[file]), None)
+            if unread:
+                args.parser.error(f"--teacher {path}: it says nothing of {unread}")
+            said = torch.tensor([teacher[file] for file in train.paths])
         logs.append(said.clamp(min=1e-6).log())
-    said = torch.stack(logs).mean(0).softmax(1)
-    train.targets[:, :said.shape[1]].lerp_(said, TEACHER_SHARE)
+    mean = torch.stack(logs).mean(0).softmax(1)
+    train.targets[:, :mean.shape[1]].lerp_(mean, TEACHER_SHARE)
 
 
 def teach(teacher: Checkpoint, crops: Tensor, args) -> Tensor:
@@ -739,9 +697,9 @@ def parse_args(argv: list[str] | None = None):
                         help="validation share of a set without a val folder: whole persons, or whole photographs")
     parser.add_argument("--seed", type=cli.natural_int, default=2023)
     parser.add_argument("--init", default="random", metavar="random|imagenet|FILE")
-    parser.add_argument("--teacher", nargs="+", default=[], metavar="FILE",
-                        help="to learn from as well: checkpoints of the same classes, or tables of "
-                             "facesets/second_opinion.py; what they say makes up 0.7 of each target")
+    parser.add_argument("--teacher", nargs="+", metavar="FILE",
+                        help="to learn from as well: checkpoints of the same classes, or tables of all of --data by "
+                             f"facesets/second_opinion.py (.csv); what they say makes up {TEACHER_SHARE} of a target")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
     parser.add_argument("--device", type=cli.device, default="auto")
@@ -749,7 +707,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--vis_dir", default="visualizations", help="where validation_loss.png goes")
     args = parser.parse_args(argv)
     args.shown = {name: str(value) if name == "device" else value for name, value in vars(args).items()}
-    args.parser, args.out = parser, Path(args.out)
+    args.parser, args.out, args.teacher = parser, Path(args.out), args.teacher or []
     args.log = args.out.with_suffix(".log.jsonl")
     args.resume_file = args.out.with_suffix(".resume.pt")
     return args
@@ -778,12 +736,14 @@ def check_outputs(args) -> None:
                           "--overwrite begins anew")
 
 
-def warn_of_seen(args) -> None:
+def warn_of_seen(teachers: list[Checkpoint | dict], args) -> None:
     """Says so where a network to go on from, or to learn from, may have been trained on pictures validated on here."""
-    checkpoints = [("--teacher", path) for path in args.teacher if not path.endswith(".csv")]
-    checkpoints += [("--init", args.init)] if args.init not in ("random", "imagenet") else []
-    for flag, path in checkpoints:
-        seen = load_checkpoint(path).about.get("train_files")
+    networks = [("--teacher", path, teacher) for path, teacher in zip(args.teacher, teachers, strict=True)
+                if isinstance(teacher, Checkpoint)]
+    if args.init not in ("random", "imagenet"):
+        networks.append(("--init", args.init, load_checkpoint(args.init)))
+    for flag, path, network in networks:
+        seen = network.about.get("train_files")
         if seen and not set(args.train_files.values()) <= set(seen.values()):
             print(f"warning: {flag} {path} was trained on another choice of pictures; where it is of the same sets, "
                   "validation here may hold some of them, and tell too well of the network")
@@ -805,10 +765,10 @@ def main(argv: list[str] | None = None) -> None:
         args.parser.error(f"--data: {error}")
     except CheckpointError as error:
         args.parser.error(f"--init {args.init}: {error}")
-    teachers = [read_teacher(path, spec, args) for path in args.teacher]
+    teachers = [read_teacher(path, spec, train_sets, val_sets, args) for path in args.teacher]
     args.train_files = {root: faceset_digest(faces.files) for root, faces in zip(args.data, train_sets, strict=True)}
     if args.rank == 0:
-        warn_of_seen(args)
+        warn_of_seen(teachers, args)
     train = load_crops(train_sets, working_resolution(recipe.window, side), args, "train", side=recipe.side > 0)
     val = load_crops(val_sets, VAL_CROP, args, "validation")
     if teachers:

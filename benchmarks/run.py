@@ -36,6 +36,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,7 +258,11 @@ class Bench:
     def __init__(self, data: Path, folder: Path, ckpt: str, device: torch.device, sizes: Sizes, quick: bool):
         self.data, self.folder, self.ckpt, self.device = data, folder, ckpt, device
         self.sizes, self.quick = sizes, quick
-        self.checkpoint: Checkpoint = load_checkpoint(ckpt)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint whose network runs, read where it is first asked for: an entry's own process."""
+        return load_checkpoint(self.ckpt)
 
     def chips(self, n: int | None) -> list[str]:
         """Paths of n chips of UTKFace of races 0 to 3, evenly over the sorted names, or of all."""
@@ -677,7 +682,7 @@ ENTRIES = {"align": bench_align, "classify": bench_classify, "photos": bench_pho
 
 # ---------------------------------------------------------------------------------------------------------- the command
 def parse_args(argv: list[str] | None = None):
-    """The parser and the checked command line."""
+    """The checked command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--device", type=cli.device, default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
@@ -693,12 +698,16 @@ def parse_args(argv: list[str] | None = None):
     for archive in ("UTKFace.tar", "wild.tar"):
         if not (args.data / archive).is_file():
             parser.error(f"--data {args.data}: has no {archive}")
+    try:
+        load_checkpoint(args.ckpt)
+    except CheckpointError as error:
+        parser.error(f"--ckpt {args.ckpt}: {error}")
     cli.output_folder(parser, "--out", args.out.parent)
-    return parser, args
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
+    args = parse_args(argv)
     names = [args.only] if args.only else [name for name in ENTRIES if name != "memory" or args.full]
     size = "quick" if args.quick else "full" if args.full else "default"
     about = {"machine": describe_machine(args.device), "versions": versions(), "size": asdict(SIZES[size]),
@@ -706,10 +715,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{about['machine']}\n{about['versions']}\n", flush=True)
     results = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
-        try:
-            bench = Bench(args.data, Path(folder), args.ckpt, args.device, SIZES[size], args.quick)
-        except CheckpointError as error:
-            parser.error(f"--ckpt {args.ckpt}: {error}")
+        bench = Bench(args.data, Path(folder), args.ckpt, args.device, SIZES[size], args.quick)
         for name in names:
             start = time.perf_counter()
             results[name] = call_alone(ENTRIES[name], bench)

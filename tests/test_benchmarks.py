@@ -1,6 +1,8 @@
 """benchmarks/: the plain procedures find what the fast path finds, and the figures are what they say; no timings."""
 import csv
 import json
+import os
+import pickle
 import sys
 import tarfile
 from pathlib import Path
@@ -181,6 +183,13 @@ def test_main_prints_bars_and_writes_json(tmp_path, ckpt, monkeypatch, capsys):
     assert content["results"]["start"]["bars"][0]["met"] is False
     assert content["results"]["start"]["figures"][0]["per_second"] == 4.0
     assert {"machine", "versions", "size", "command"} <= set(content)
+
+
+def test_an_entry_runs_in_another_process(tmp_path, ckpt):
+    bench = bench_in(tmp_path, tmp_path, ckpt)
+    assert run.call_alone(os.getpid) != os.getpid()
+    sent = pickle.loads(pickle.dumps(bench))
+    assert sent.checkpoint.spec == bench.checkpoint.spec and sent.sizes == bench.sizes
 
 
 def test_missing_data_is_one_line(tmp_path, capsys):

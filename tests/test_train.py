@@ -16,9 +16,11 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
 import train
+from models import splits
 from models.align import TEMPLATE, crop_views
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import FaceSpec
+from models.faceset import read_faceset
 
 WINDOW = (14, 24, 98, 108)
 SMALL = train.Recipe(WINDOW, ((0.5, 32), (1.0, 40)), "cosine", 1, 0.05, 0.05, 0.3, 0.9, 0.2, True, "best")
@@ -124,7 +126,7 @@ def test_the_gradient_by_taps_is_that_of_the_convolution(kernel, stride, padding
 
 def test_age_and_gender_come_from_the_manifest_and_the_unknown_is_zeros(drawn_set):
     write_manifest(drawn_set)
-    faces = train.read_faceset(drawn_set, "train")
+    faces = read_faceset(drawn_set, "train")
     ages, genders = train.side_targets(faces).split((9, 2), 1)
     assert ages[:10].sum(1).tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
     assert ages[:10].argmax(1).tolist() == [0, 0, 1, 8, 8, 0, 4, 4, 3, 1] and len(ages) == 40
@@ -174,19 +176,19 @@ def test_persons_are_never_divided(tmp_path):
             folder.mkdir(parents=True)
             for i in range(3):
                 draw_crop(label, i, 24).save(folder / f"{i}.png")
-    faces = train.read_faceset(tmp_path)
-    first, held = train.split_off(faces, 0.25, seed=1)
+    faces = read_faceset(tmp_path)
+    first, held = splits.split_off(faces, 0.25, seed=1)
     people = [{file.rsplit("/", 1)[0] for file in part.files} for part in (first, held)]
     assert not people[0] & people[1] and len(people[1]) == 6 and len(held) == 18
     assert set(held.labels.tolist()) == {0, 1}
 
 
 def test_a_csv_list_keeps_people_together_and_no_picture_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "group_files", None)
+    monkeypatch.setattr(splits, "group_files", None)
     rows = [(f"/people/{label}{person}/{i}.jpg", label) for label in "AB" for person in range(9) for i in range(3)]
     rows += [("/people/both/0.jpg", "A"), ("/people/both/1.jpg", "B")]          # one person, two labels
     (tmp_path / "list.csv").write_text("image,class\n" + "".join(f"{image},{label}\n" for image, label in rows))
-    first, held = train.split_off(train.read_faceset(tmp_path / "list.csv"), 0.5, seed=2)
+    first, held = splits.split_off(read_faceset(tmp_path / "list.csv"), 0.5, seed=2)
     people = [{file.split("/")[2] for file in part.files} for part in (first, held)]
     assert not people[0] & people[1] and "both" in people[0] and len(held) == 2 * 4 * 3
 
@@ -211,23 +213,23 @@ def repeated_set(tmp_path):
 
 
 def test_equal_pictures_are_on_one_side(repeated_set):
-    faces = train.read_faceset(repeated_set)
+    faces = read_faceset(repeated_set)
     for seed in range(6):
-        first, held = train.split_off(faces, 0.4, seed)
+        first, held = splits.split_off(faces, 0.4, seed)
         sides = [{file[:6] + file[-6:-4] for file in part.files} for part in (first, held)]
         assert not sides[0] & sides[1] and sorted(first.files + held.files) == sorted(faces.files)
         assert {"Black/11.png", "White/disputed_b.png"} <= set(first.files)    # of two labels: never validated on
         assert set(held.labels.tolist()) == {0, 1}
     backwards = faces.subset(list(range(len(faces)))[::-1])
-    assert sorted(train.split_off(backwards, 0.4, 5)[1].files) == sorted(held.files)
+    assert sorted(splits.split_off(backwards, 0.4, 5)[1].files) == sorted(held.files)
 
 
 def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
-    faces, sent = train.read_faceset(repeated_set), []
-    monkeypatch.setattr(train, "from_first", lambda groups: sent.append(groups) or sent[0])
-    first = train.split_off(faces, 0.4, 1, rank=0)
-    monkeypatch.setattr(train, "group_files", None)                             # they look at no picture
-    other = train.split_off(faces, 0.4, 1, rank=1)
+    faces, sent = read_faceset(repeated_set), []
+    monkeypatch.setattr(splits, "from_first", lambda groups: sent.append(groups) or sent[0])
+    first = splits.split_off(faces, 0.4, 1, rank=0)
+    monkeypatch.setattr(splits, "group_files", None)                             # they look at no picture
+    other = splits.split_off(faces, 0.4, 1, rank=1)
     assert [part.files for part in first] == [part.files for part in other] and sent[1] is None
 
 
@@ -311,11 +313,12 @@ def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):
     assert torch.equal(model.backbone.fc.weight, head)
 
 
-def write_opinions(path, pictures, classes=("White", "Black", "Asian", "Indian")) -> torch.Tensor:
-    """A table that is surest of the classes in turn; its probabilities (n, 4)."""
+def write_opinions(path, pictures) -> torch.Tensor:
+    """A table in another order of pictures and classes, surest of the classes in turn; the pictures' rows (n, 4)."""
     probs = torch.eye(4)[torch.arange(len(pictures)) % 4] * 0.6 + 0.1
-    rows = [[picture, *map(str, row)] for picture, row in zip(pictures, probs.tolist(), strict=True)]
-    path.write_text("\n".join(map(",".join, [["image", *(f"p_{name}" for name in classes)], *rows])) + "\n")
+    rows = [[*map(str, row[::-1]), picture] for picture, row in zip(pictures, probs.tolist(), strict=True)]
+    names = ["p_Indian", "p_Asian", "p_Black", "p_White", "image"]
+    path.write_text("\n".join(map(",".join, [names, *rows[::-1]])) + "\n")
     return probs
 
 
@@ -327,7 +330,7 @@ def test_teachers_make_up_a_share_of_the_targets(drawn_set, tmp_path, small_reci
     seen, real = [], train.run_epochs
     monkeypatch.setattr(train, "run_epochs", lambda training, recipe, crops, *rest: (
         seen.append(crops), real(training, recipe, crops, *rest)))
-    faces = train.read_faceset(drawn_set, "train")
+    faces = read_faceset(drawn_set, "train")
     table = write_opinions(drawn_set / "said.csv", faces.files)                     # relative to the table
     run(*common, "--out", str(tmp_path / "pupil.pt"), "--epochs", "2", "--teacher", str(tmp_path / "teacher.pt"),
         str(drawn_set / "said.csv"))
@@ -396,8 +399,9 @@ def test_a_teacher_of_other_classes_is_an_error(drawn_set, tmp_path, small_recip
 
 
 @pytest.mark.parametrize("content, error", [
-    (None, "no such file"), ("image,label\n", "it has no column p_Asian"),
-    ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0\n", "line 2 cannot be read"),
+    (None, "No such file"), ("image,label\n", "it has no column p_Asian"),
+    ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0\n", "it cannot be read"),
+    ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,nan,0,0,1\n", "line 2 has no image, or its prob"),
     ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0,0\n", "it says nothing of"),
 ])
 def test_a_table_that_cannot_teach_is_one_line(drawn_set, tmp_path, small_recipe, capsys, content, error):
