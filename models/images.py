@@ -241,14 +241,14 @@ def decode_photo(source: str | Path | bytes, max_side: int | None = None) -> tup
             image = to_rgb(upright(image))
         if max_side and max(image.size) > max_side:
             image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
-        pixels = np.array(image)                            # (H, W, 3)
+        pixels = np.array(np.asarray(image).transpose(2, 0, 1), order="C")      # (3, H, W), copied once
     except PhotoError:
         raise
     except UnidentifiedImageError:                          # Pillow's own message holds a memory address for bytes
         raise PhotoError("unreadable", "UnidentifiedImageError: not a picture of a known type") from None
     except Exception as error:      # Pillow's plugins raise whatever a broken file makes them: a row, never the end
         raise PhotoError("unreadable", f"{type(error).__name__}: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), max(image.size) / longest
+    return torch.from_numpy(pixels), max(image.size) / longest
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
@@ -293,7 +293,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def collate_photos(photos: list[Tensor]) -> tuple[Tensor, Tensor]:
