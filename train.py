@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models import cli
@@ -40,8 +41,10 @@ from models.splits import read_sets
 
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 TEACHER_SHARE = 0.7     # of each target that comes from --teacher; the label makes up the rest
+VIEWED = {"cpu": 1, "cuda": 16}     # batches whose views are made in one call: a GPU waits for whoever starts it
 WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
 AGES = (0, 5, 10, 18, 26, 34, 44, 56, 70)   # lower ends of the age bands that are learnt, years
+RESUME_EVERY = 20       # seconds, at least, between two resume files, which take a GPU as long as an epoch
 AVERAGE_EVERY = 4       # steps between two updates of the weight average, which take a fiftieth of a step on a CPU
 
 
@@ -218,11 +221,14 @@ def teach(teacher: Checkpoint, crops: Tensor, args) -> Tensor:
     return probs
 
 
+def views_of(crops: Tensor, window: tuple, side: int, device: torch.device) -> Tensor:
+    """Window of many crops, cut on a device a few at a time: (N, 3, R, R) uint8 -> (N, 3, side, side) uint8 there."""
+    return torch.cat([crop_views(part.to(device), window, side) for part in crops.split(256)])
+
+
 def shrink(crops: Tensor, resolution: int) -> Tensor:
     """Crops at a smaller resolution, without aliasing."""
-    if crops.shape[-1] <= resolution:
-        return crops
-    return torch.cat([crop_views(part, WHOLE, resolution) for part in crops.split(256)])
+    return crops if crops.shape[-1] <= resolution else views_of(crops, WHOLE, resolution, crops.device)
 
 
 def working_resolution(window: tuple, side: int) -> int:
@@ -232,21 +238,27 @@ def working_resolution(window: tuple, side: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------ augmentation
 def uniform(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """(n,) float32 draws between two bounds, on the generator's device."""
-    return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
+    """(n,) float32 draws between two bounds."""
+    return low + (high - low) * torch.rand(n, generator=generator)
+
+
+def chosen(n: int, share: float, generator: torch.Generator) -> Tensor:
+    """Positions (k,) int64 of the pictures of n that are drawn, each with probability `share`."""
+    return (torch.rand(n, generator=generator) < share).nonzero().squeeze(1)
 
 
 def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generator: torch.Generator) -> Tensor:
     """One warp holds window, shift, scale, rotation, stretch and flip, a fresh draw per picture.
 
     crops (B, 3, R, R) uint8 -> views (B, 3, side, side) float32 in 0..255. Without `augment`, flip and the shifts of a
-    random crop of 104 from 128 alone.
+    random crop of 104 from 128 alone. All draws are the CPU's, so they are the same on every device, and nothing waits
+    for a GPU.
     """
     n = len(crops)
-    flip = 1 - 2 * (torch.rand(n, generator=generator, device=crops.device) < 0.5).float()
+    flip = 1 - 2 * (torch.rand(n, generator=generator) < 0.5).float()
     reach = 5.0 if augment else 12 / 104 * (window[2] - window[0])                          # template pixels
     shift = torch.stack([uniform(n, -reach, reach, generator), uniform(n, -reach, reach, generator)], -1)
-    linear = torch.zeros(n, 2, 2, device=crops.device)
+    linear = torch.zeros(n, 2, 2)
     linear[:, 0, 0], linear[:, 1, 1] = flip, 1.0
     if augment:
         angle = uniform(n, -12, 12, generator) * (math.pi / 180)
@@ -254,7 +266,7 @@ def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generat
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
         linear = turn @ torch.diag_embed(torch.stack([flip * stretch, 1 / stretch], -1))
-    centre = torch.tensor([(window[0] + window[2]) / 2 - 0.5, (window[1] + window[3]) / 2 - 0.5], device=crops.device)
+    centre = torch.tensor([(window[0] + window[2]) / 2 - 0.5, (window[1] + window[3]) / 2 - 0.5])
     warp = torch.cat([linear, (centre + shift - linear @ centre)[:, :, None]], 2)
     to_crop = template_pixels(warp, crops.shape[-1] / TEMPLATE_SIZE)
     few = WARPED if crops.device.type == "cpu" else max(1, n)
@@ -270,21 +282,22 @@ def random_colour(views: Tensor, generator: torch.Generator) -> Tensor:
     """
     n = len(views)
     saturation = uniform(n, 0.6, 1.4, generator)
-    saturation[torch.rand(n, generator=generator, device=views.device) < 0.07] = 0
+    saturation[torch.rand(n, generator=generator) < 0.07] = 0
     gains = uniform(3 * n, -0.06, 0.06, generator).exp().view(n, 3, 1)
     contrast = uniform(n, -0.3, 0.3, generator).exp().view(n, 1, 1)
     brightness = uniform(n, -25, 25, generator).view(n, 1, 1)
     pixels = views.flatten(2)                                                       # (n, 3, side * side)
     mean = pixels.mean((1, 2), keepdim=True)
     kept = saturation.view(n, 1, 1)
-    matrix = contrast * gains * (kept * torch.eye(3, device=views.device) + (1 - kept) / 3)
-    shift = (mean * (1 - contrast) + brightness).expand(n, 3, 1)
+    matrix = contrast * gains * (kept * torch.eye(3) + (1 - kept) / 3)
+    matrix, lost, brightness = (part.to(views.device, non_blocking=True) for part in (matrix, 1 - contrast, brightness))
+    shift = (mean * lost + brightness).expand(n, 3, 1)
     return torch.baddbmm(shift, matrix, pixels).clamp_(0, 255).view_as(views)
 
 
 def random_blur(views: Tensor, generator: torch.Generator) -> Tensor:
     """One picture in seven shown at a lower resolution, as small faces are in other people's photographs."""
-    few = (torch.rand(len(views), generator=generator, device=views.device) < 0.15).nonzero().squeeze(1)
+    few = chosen(len(views), 0.15, generator).to(views.device, non_blocking=True)
     if len(few):
         side = views.shape[-1]
         low = int(side * uniform(1, 0.3, 0.8, generator).item())
@@ -295,15 +308,17 @@ def random_blur(views: Tensor, generator: torch.Generator) -> Tensor:
 
 def random_erase(views: Tensor, generator: torch.Generator) -> Tensor:
     """A quarter of the pictures lose one rectangle, of a tenth to a half of each side, to one random colour."""
-    few = (torch.rand(len(views), generator=generator, device=views.device) < 0.25).nonzero().squeeze(1)
+    few = chosen(len(views), 0.25, generator)
     n, side = len(few), views.shape[-1]
     size = uniform(2 * n, 0.1, 0.5, generator).view(n, 2) * side
-    start = torch.rand(n, 2, generator=generator, device=views.device) * (side - size)
-    at = torch.arange(side, device=views.device)
+    start = torch.rand(n, 2, generator=generator) * (side - size)
+    at = torch.arange(side)
     rows = (at >= start[:, :1]) & (at < start[:, :1] + size[:, :1])
     columns = (at >= start[:, 1:]) & (at < start[:, 1:] + size[:, 1:])
+    colour = uniform(3 * n, 0, 255, generator).view(n, 3, 1, 1)
+    few, rows, columns, colour = (part.to(views.device, non_blocking=True) for part in (few, rows, columns, colour))
     hole = (rows[:, :, None] & columns[:, None, :])[:, None]
-    views[few] = torch.where(hole, uniform(3 * n, 0, 255, generator).view(n, 3, 1, 1), views[few])
+    views[few] = torch.where(hole, colour, views[few])
     return views
 
 
@@ -327,6 +342,7 @@ class Training:
     best: dict | None = None                # figures of the epoch in the checkpoint
     stale: int = 0                          # epochs since validation loss fell
     lowest_loss: float = math.inf
+    saved: float = -math.inf                # when the resume file was written, seconds of time.monotonic
 
     def state(self) -> dict:
         """Tensors and plain values that `restore` takes back."""
@@ -477,14 +493,18 @@ def learning_rate(step: int, steps_per_epoch: int, epochs: int, recipe: Recipe, 
     return peak * warm * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-def train_batches(data: Crops, epoch: int, args) -> Iterator[tuple[Tensor, Tensor]]:
-    """(crops (B, 3, R, R) uint8, targets (B, T) float32) of this rank's share of one epoch's order, on the device."""
+def train_batches(data: Crops, epoch: int, recipe: Recipe, side: int, generator: torch.Generator,
+                  args) -> Iterator[tuple[Tensor, Tensor]]:
+    """(views (B, 3, side, side) float32, targets (B, T) float32) of this rank's share of one epoch, on the device."""
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
     order = order[:len(order) // args.world_size * args.world_size][args.rank::args.world_size]
-    for rows in order.split(args.batch_size):
-        if len(rows) > 1:                                           # batch norm has no statistics of a single picture
-            yield (data.crops.index_select(0, rows.to(data.crops.device)).to(args.device, non_blocking=True),
-                   data.targets[rows.to(data.targets.device)].to(args.device, non_blocking=True))
+    for rows in order.to(data.crops.device).split(args.batch_size * VIEWED[args.device.type]):
+        crops, targets = (part.index_select(0, rows).to(args.device, non_blocking=True)
+                          for part in (data.crops, data.targets))
+        views = random_views(crops, recipe.window, side, recipe.augment, generator)
+        for batch in zip(views.split(args.batch_size), targets.split(args.batch_size), strict=True):
+            if len(batch[0]) > 1:                                   # batch norm has no statistics of a single picture
+                yield batch
 
 
 def training_loss(outputs: Tensor, targets: Tensor, n_classes: int, recipe: Recipe) -> Tensor:
@@ -502,32 +522,67 @@ def training_loss(outputs: Tensor, targets: Tensor, n_classes: int, recipe: Reci
     return loss
 
 
+class CapturedNetwork(nn.Module):
+    """A model in training whose whole batches of one side run, forward and backward, as CUDA graphs.
+
+    Started one by one, its hundreds of small operations take longer than the GPU needs for them.
+    """
+
+    def __init__(self, model: FaceClassifier, side: int, amp_dtype: torch.dtype, batch_size: int):
+        super().__init__()
+        self.model, self.batch_size = model.train(), batch_size
+        before = [buffer.clone() for buffer in model.buffers()]
+        views = torch.zeros(batch_size, 3, side, side, device=model.scale.device)
+        with torch.autocast("cuda", amp_dtype, cache_enabled=False), torch.backends.cudnn.flags(True, benchmark=True):
+            self.captured = torch.cuda.make_graphed_callables(copy.copy(model), (views,))   # of the same parameters
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)                                     # batch-norm's statistics have seen the zeros
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.captured(views) if len(views) == self.batch_size else self.model(views)
+
+
+def quickest_network(training: Training, side: int, args) -> nn.Module:
+    """What a lone process calls in an epoch at one input side: the model itself, or its CUDA graphs."""
+    if args.device.type == "cuda":
+        return CapturedNetwork(training.model, side, training.amp_dtype, args.batch_size)
+    return training.model
+
+
+def take_step(training: Training, network: nn.Module, views: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    """Forward, backward and the optimizer's step on one batch; its loss (), which no gradient follows.
+
+    network: as quickest_network gives it, or the model's DistributedDataParallel.
+    """
+    with torch.autocast(views.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
+        loss = training_loss(network(views).float(), targets, len(training.model.spec.classes), recipe)
+    training.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    training.optimizer.step()
+    return loss.detach()
+
+
 def train_one_epoch(training: Training, network: nn.Module, data: Crops, recipe: Recipe, side: int, args) -> float:
     """One pass over the data; the mean loss of all ranks' samples. Raises FloatingPointError where it is not finite.
 
-    network: the model itself, or its DistributedDataParallel wrapper.
+    network: as for take_step.
     """
     network.train()
     epoch = training.epoch
     steps = math.ceil(len(data.labels) // args.world_size / args.batch_size)
-    generator = torch.Generator(args.device).manual_seed((args.seed * 1000 + epoch) * 1000 + args.rank)
+    generator = torch.Generator().manual_seed((args.seed * 1000 + epoch) * 1000 + args.rank)
     chance = random.Random(f"{args.seed} {epoch} {args.rank}")
     loss_sum, seen = torch.zeros((), device=args.device), 0
-    bar = tqdm(train_batches(data, epoch, args), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False,
-               disable=args.rank != 0, unit="batch")
-    for step, (crops, targets) in enumerate(bar):
+    bar = tqdm(train_batches(data, epoch, recipe, side, generator, args), total=steps, leave=False,
+               desc=f"epoch {epoch + 1}/{args.epochs}", disable=args.rank != 0, unit="batch")
+    for step, (views, targets) in enumerate(bar):
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(epoch * steps + step, steps, args.epochs, recipe, args.lr)
-        views = random_views(crops, recipe.window, side, recipe.augment, generator)
         if chance.random() < recipe.mixup:
             views, targets = mix_up(views, targets, chance.betavariate(0.4, 0.4))
-        with torch.autocast(args.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
-            loss = training_loss(network(views).float(), targets, len(training.model.spec.classes), recipe)
-        training.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        training.optimizer.step()
+        loss = take_step(training, network, views, targets, recipe)
         update_average(training.average, training.model, recipe.average, epoch * steps + step)
-        loss_sum += loss.detach() * len(targets)                    # stays on the device: the loop never waits for it
+        loss_sum += loss * len(targets)                             # stays on the device: the loop never waits for it
         seen += len(targets)
         if step % 50 == 49 and args.world_size == 1 and not math.isfinite(loss_sum.item()):
             break
@@ -549,10 +604,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     if step % AVERAGE_EVERY:
         return
     decay = min(decay ** AVERAGE_EVERY, (step + 1) / (step + 10))
-    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
+    pairs = list(zip(*([*module.parameters(), *module.buffers()] for module in (average, model)), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*floats, strict=True)), None)        # one call, not a hundred
+    for mean, value in pairs:
+        if not mean.is_floating_point():                            # batch-norm's counters
             mean.copy_(value)
 
 
@@ -587,17 +643,16 @@ def side_of(epoch: int, epochs: int, recipe: Recipe) -> int:
 
 
 def run_epochs(training: Training, recipe: Recipe, train: Crops, val: Crops, args) -> None:
-    """Trains from training.epoch to the last one, writing log, checkpoint and resume file after each."""
-    network = training.model
-    if args.world_size > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+    """Trains from training.epoch to the last one, writing log, checkpoint and resume file."""
+    shared = DistributedDataParallel(training.model, broadcast_buffers=False) if args.world_size > 1 else None
     side = None
     while training.epoch < args.epochs and training.stale < args.patience:
         if side != side_of(training.epoch, args.epochs, recipe):
             side = side_of(training.epoch, args.epochs, recipe)
-            crops = replace(train, crops=shrink(train.crops, working_resolution(recipe.window, side)))
-            crops = crops.to(args.device) if args.on_device else crops
-            val_views = torch.cat([crop_views(part, recipe.window, side) for part in val.crops.split(256)])
+            crops = train.to(args.device) if args.on_device else train
+            crops = replace(crops, crops=shrink(crops.crops, working_resolution(recipe.window, side)))
+            val_views = views_of(val.crops, recipe.window, side, args.device)
+            network = shared or quickest_network(training, side, args)
         start = time.perf_counter()
         train_loss = train_one_epoch(training, network, crops, recipe, side, args)
         seconds = time.perf_counter() - start
@@ -633,7 +688,9 @@ def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, r
         about = {"epoch": figures["epoch"], "best": figures, "args": args.shown, "recipe": asdict(recipe),
                  "train_files": args.train_files}
         save_checkpoint(args.out, Checkpoint(validated.spec, class_weights(validated), None, about))
-    save_atomically(training.state() | {"args": args.shown, "recipe": asdict(recipe)}, args.resume_file)
+    if time.monotonic() - training.saved >= RESUME_EVERY:
+        save_atomically(training.state() | {"args": args.shown, "recipe": asdict(recipe)}, args.resume_file)
+        training.saved = time.monotonic()
 
 
 def forget_unfinished(log: Path, epoch: int) -> None:
@@ -645,8 +702,7 @@ def forget_unfinished(log: Path, epoch: int) -> None:
 def calibrate(val: Crops, args) -> Checkpoint:
     """Fits the saved checkpoint's calibration to the validation crops and saves it again."""
     checkpoint = load_checkpoint(args.out)
-    views = torch.cat([crop_views(part, checkpoint.spec.window, checkpoint.spec.input_size)
-                       for part in val.crops.split(256)])
+    views = views_of(val.crops, checkpoint.spec.window, checkpoint.spec.input_size, args.device)
     logits = predict(checkpoint.classifier(args.device), views, args)
     checkpoint.calibration = fit_calibration(logits, val.labels)
     save_checkpoint(args.out, checkpoint)
@@ -700,7 +756,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--teacher", nargs="+", metavar="FILE",
                         help="to learn from as well: checkpoints of the same classes, or tables of all of --data by "
                              f"facesets/second_opinion.py (.csv); what they say makes up {TEACHER_SHARE} of a target")
-    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
+    parser.add_argument("--resume", action="store_true", help="go on after the last epoch that was saved")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
     parser.add_argument("--device", type=cli.device, default="auto")
     parser.add_argument("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes")
@@ -784,6 +840,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.rank == 0:
         print(f"{len(train.labels)} training and {len(val.labels)} validation pictures of "
               f"{', '.join(spec.classes)}; {args.device}, {training.amp_dtype or torch.float32}", flush=True)
+    begun = time.monotonic()
     try:
         run_epochs(training, recipe, train, val, args)
     except FloatingPointError as error:
@@ -794,7 +851,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_losses(args.log, Path(args.vis_dir) / "validation_loss.png")
         args.resume_file.unlink()
         print(f"{args.out}: epoch {training.best['epoch']}, validation accuracy "
-              f"{100 * training.best['val_accuracy']:.2f} %")
+              f"{100 * training.best['val_accuracy']:.2f} %, {time.monotonic() - begun:.1f} s")
     leave_distributed()
 
 
@@ -807,4 +864,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume goes on after the last finished epoch") from None
+        raise SystemExit("stopped; --resume goes on after the last epoch that was saved") from None

@@ -48,6 +48,7 @@ class PlainMTCNN:
                                            (("pnet", build_pnet), ("rnet", build_rnet), ("onet", build_onet)))
 
     @torch.inference_mode()
+    @torch.backends.cudnn.flags(True, allow_tf32=False)         # float32 means float32 on CUDA too
     def detect(self, photo: Tensor) -> Faces:
         """Faces of a picture (3, h, w) uint8 RGB, by descending score, on the CPU; image_index is 0 throughout."""
         photo = photo[None].to(self.device)
@@ -171,6 +172,7 @@ class PlainClassifier:
         self.normalise = transforms.Normalize(self.spec.mean, self.spec.std)
 
     @torch.inference_mode()
+    @torch.backends.cudnn.flags(True, allow_tf32=False)
     def probs(self, view: Tensor) -> list[float]:
         """A view (3, S, S) uint8 -> its C probabilities."""
         logits = self.network(self.normalise(view.float() / 255)[None].to(self.device))

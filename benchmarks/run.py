@@ -60,6 +60,7 @@ from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint  # no
 from models.classifier import FaceSpec  # noqa: E402
 from models.faceset import FaceSet, align_set  # noqa: E402
 from models.images import (  # noqa: E402
+    PhotoBatch,
     collate_photos,
     decode_photo,
     group_sizes,
@@ -68,7 +69,7 @@ from models.images import (  # noqa: E402
     load_photos,
 )
 from models.mtcnn import MTCNN, Faces  # noqa: E402
-from models.pipeline import DECODE_BATCH, Labeller, network_batch, read_predictions  # noqa: E402
+from models.pipeline import DECODE_BATCH, Labeller, join_batches, network_batch, read_predictions  # noqa: E402
 from models.threads import Cores  # noqa: E402
 
 FACE_SIZES = (20, 40)           # smallest face, pixels
@@ -330,21 +331,26 @@ def bench_align(bench: Bench) -> Result:
 def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
     """Detects and aligns as infer.py does, in batches; the faces of each picture, in the order of the pictures."""
     device = next(detector.parameters()).device
-    batches = [[start + i for i in group] for start in range(0, len(photos), DECODE_BATCH)
-               for group in group_sizes(photos[start:start + DECODE_BATCH])]
+    groups = [[start + i for i in group] for start in range(0, len(photos), DECODE_BATCH)
+              for group in group_sizes(photos[start:start + DECODE_BATCH])]
 
-    def align(batch: list[int]) -> list[Faces]:
-        images, sizes = collate_photos([photos[i] for i in batch])
-        images = images.to(device)
-        faces = detector.detect(images, sizes)
-        align_faces(images, sizes, faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
+    def collate(group: list[int]) -> PhotoBatch:
+        return PhotoBatch(group, *collate_photos([photos[i] for i in group]), torch.ones(len(group)), [])
+
+    def align(batch: PhotoBatch) -> dict[int, Faces]:
+        images = batch.images.to(device)
+        faces = detector.detect(images, batch.sizes)
+        align_faces(images, batch.sizes, faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
         faces = Faces(*(value.cpu() for value in vars(faces).values()))
-        return [faces.take(faces.image_index == k) for k in range(len(batch))]
+        return {i: faces.take(faces.image_index == k) for k, i in enumerate(batch.positions)}
 
     found = {}
     with Cores(device) as cores:
-        for batch, its in zip(batches, cores.in_turn(align, batches), strict=True):
-            found.update(zip(batch, its, strict=True))
+        batches = cores.in_turn(collate, groups)
+        if device.type == "cuda":
+            batches = join_batches(batches, len(photos), device)
+        for its in cores.in_turn(align, batches):
+            found |= its
     return [found[i] for i in range(len(photos))]
 
 
@@ -511,6 +517,7 @@ def bench_epoch(bench: Bench) -> Result:
     spec = FaceSpec(builder.CLASSES, TEMPLATE, recipe.window, side)
     training, alone = train.start_training(spec, recipe, args), train.start_training(spec, recipe, args)
     alone.amp_dtype = training.amp_dtype
+    network, bare = (train.quickest_network(its, side, args) for its in (training, alone))
     plain = baseline.PlainTraining(len(builder.CLASSES), side, BATCH, bench.device)
     views = torch.rand(BATCH, 3, side, side, device=bench.device).mul_(255)
     views = views.contiguous(memory_format=torch.channels_last)
@@ -519,12 +526,12 @@ def bench_epoch(bench: Bench) -> Result:
         with redirect_stderr(io.StringIO()):                            # a progress bar
             n = len(rows)
             some = train.Crops(data.crops[:n], data.labels[:n], data.targets[:n], data.paths[:n])
-            train.train_one_epoch(training, training.model, some, recipe, side, args)
+            train.train_one_epoch(training, network, some, recipe, side, args)
 
     ours, ceiling, other = result.figures = take_turns(f"training, batch {BATCH}", {
         "ours, crops in memory to steps": (steps_of, paths),
         "forward, backward, step on ready tensors": (
-            lambda rows: [bare_step(alone, views, data.targets[:BATCH], recipe)
+            lambda rows: [train.take_step(alone, bare, views, data.targets[:BATCH], recipe)
                           for _ in range(0, len(rows), BATCH)], paths),
         "plain loop, files decoded anew": (
             lambda rows: plain.epoch(rows, labels[:len(rows)]), paths[:sizes.plain_steps * BATCH])},
@@ -539,16 +546,6 @@ def bench_epoch(bench: Bench) -> Result:
                         f"epoch on {EPOCH_CROPS:,} crops at this rate: {EPOCH_CROPS / ours.rate:.0f} s, plain "
                         f"{EPOCH_CROPS / other.rate:.0f} s. Crops are decoded once, before the first epoch")
     return result
-
-
-def bare_step(training: train.Training, views: Tensor, targets: Tensor, recipe: train.Recipe) -> None:
-    """Forward, backward and optimizer step on a ready batch, in the number format of the training."""
-    training.model.train()
-    with torch.autocast(views.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
-        loss = train.training_loss(training.model(views).float(), targets, len(training.model.spec.classes), recipe)
-    training.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    training.optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------- builder, start, memory

@@ -85,12 +85,12 @@ def sample_mean(images: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
 def sample_views(images: Tensor, to_image: Tensor, window: tuple, side: int, samples: int = 1) -> Tensor:
     """Views of a window, each pixel the mean of samples x samples bilinear ones; a picture's edges repeat beyond it.
 
-    images (n, 3, H, W) float32 and to_image (n, 2, 3), template -> pixels of the image; either may be one for all.
-    Returns (n, 3, side, side) float32.
+    images (n, 3, H, W) float32 and to_image (n, 2, 3), on the CPU, template -> pixels of the image; either may be one
+    for all. Returns (n, 3, side, side) float32 on the device of the images.
     """
-    extent = torch.tensor([images.shape[3], images.shape[2]], device=to_image.device)
+    extent = torch.tensor([images.shape[3], images.shape[2]])
     columns, rows = view_axes(to_image, extent, window, side, samples)
-    return sample_mean(images, columns.to(images.device), rows.to(images.device))
+    return sample_mean(images, *(axis.to(images.device, non_blocking=True) for axis in (columns, rows)))
 
 
 def count_samples(to_image: Tensor, window: tuple, side: int) -> list[int]:
@@ -125,7 +125,8 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
         alike[samples].append(row)
     for samples, rows in alike.items():
         axes = view_axes(to_photo[rows], (last - first)[rows], window, side, samples)
-        for row, columns, its_rows in zip(rows, *(axis.to(images.device).split(1) for axis in axes), strict=True):
+        axes = [axis.to(images.device, non_blocking=True).split(1) for axis in axes]
+        for row, columns, its_rows in zip(rows, *axes, strict=True):
             i, (left, top), (right, bottom) = where[row]
             part = images[i, None, :, top:bottom, left:right].float()
             views[row] = to_bytes(sample_mean(part, columns, its_rows))[0]

@@ -316,6 +316,14 @@ class PhotoBatch:
     scales: Tensor                              # (B,) float32, decoded over original size
     failures: list[tuple[int, str, str]]        # position, status, reason
 
+    def __getstate__(self) -> dict:
+        """Between processes each tensor takes a file of shared memory: the pictures are worth it, sizes are not."""
+        return vars(self) | {"sizes": self.sizes.tolist(), "scales": self.scales.tolist()}
+
+    def __setstate__(self, state: dict) -> None:
+        sizes = torch.tensor(state["sizes"], dtype=torch.int64).view(-1, 2)
+        vars(self).update(state, sizes=sizes, scales=torch.tensor(state["scales"], dtype=torch.float32))
+
 
 def group_sizes(photos: list[Tensor]) -> list[list[int]]:
     """Positions of pictures (3, h, w) that go into one padded tensor, at most twice the memory of what it holds.

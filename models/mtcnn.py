@@ -7,6 +7,7 @@ x2 - x1 + 1. The networks' weights are those of facenet-pytorch 2.6.0 (checkpoin
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torchvision.ops import nms
 WEIGHTS = Path(__file__).resolve().parent.parent / "checkpoints" / "mtcnn.pt"
 PYRAMID_FACTOR = 0.707          # each level half the area of the one before
 CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window moved by 2
+CONV = 2                        # rows and columns that a convolution of 3 x 3 takes off
 LEVEL_NMS = 0.5                 # overlap allowed between P-Net's boxes of one level
 FINEST = 2                      # levels that detect_largest leaves for later: three quarters of P-Net's work
 SURE = 2                        # times a level's window: a face that large is not one that this level finds
@@ -25,7 +27,7 @@ SURE = 2                        # times a level's window: a face that large is n
 CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # P-Net: pixels of a level
 CROP_PIXELS = {"cpu": 24_000, "cuda": 1 << 22}      # R-Net and O-Net: pixels of crops
 BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}    # pictures searched together: their pixels
-BUNCH = 256                     # boxes that are compared with one another in one call on a CPU
+BUNCH = {"cpu": 256, "cuda": 4096}                  # boxes that are compared with one another in one call
 LANES = 16                      # floats that a CPU's vector instructions take at once: channels are padded to these
 
 
@@ -66,6 +68,7 @@ class MTCNN(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)      # 2 to 4 times as fast on a CPU
 
     @torch.inference_mode()
+    @torch.backends.cudnn.flags(True, allow_tf32=False)     # with it a GPU's landmarks lie up to 7 pixels elsewhere
     def detect(self, images: Tensor, sizes: Tensor) -> Faces:
         """Faces of images (B, 3, H, W) uint8 RGB, zero-padded right and below from sizes (B, 2) int64, (height, width).
 
@@ -75,6 +78,7 @@ class MTCNN(nn.Module):
         return self.examine(images, sizes, *self.propose(images, sizes))
 
     @torch.inference_mode()
+    @torch.backends.cudnn.flags(True, allow_tf32=False)
     def detect_largest(self, images: Tensor, sizes: Tensor) -> Faces:
         """As detect, but of an image with a large face only its larger faces are sure to be found; that takes less.
 
@@ -115,19 +119,12 @@ class MTCNN(nn.Module):
         """
         found = []
         among = torch.arange(len(images)) if among is None else among
-        for (height, width), index in group_by_size(sizes[among.to(sizes.device)]):
-            levels = pyramid(height, width, self.min_face_size)[which]
-            if not levels:
-                continue
-            chunk = max(1, BATCH_PIXELS[images.device.type] // (height * width))
-            for part in index.split(chunk):
-                part = among[part].to(images.device)
-                pictures = images[part, :, :height, :width]
-                maps = [run_pnet(self.pnet, pictures, *level[1:]) for level in levels]
-                boxes, scores, offsets, level, image = cells_to_boxes(maps, levels, logit(self.thresholds[0]))
-                keep = suppress(boxes, scores, image * len(levels) + level, LEVEL_NMS)
-                keep = keep[suppress(boxes[keep], scores[keep], image[keep], self.nms_thresholds[0])]
-                found.append((shift(boxes[keep], offsets[keep]), part[image[keep]]))
+        search = search_together if images.is_cuda else search_by_size
+        for part, scales, maps in search(self.pnet, images, sizes.cpu(), among, self.min_face_size, which):
+            boxes, scores, offsets, level, image = cells_to_boxes(maps, scales, logit(self.thresholds[0]))
+            keep = suppress(boxes, scores, image * len(scales) + level, LEVEL_NMS)
+            keep = keep[suppress(boxes[keep], scores[keep], image[keep], self.nms_thresholds[0])]
+            found.append((shift(boxes[keep], offsets[keep]), part[image[keep]]))
         if not found:
             return images.new_zeros((0, 4), dtype=torch.float32), images.new_zeros(0, dtype=torch.int64)
         boxes, image_index = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -267,6 +264,38 @@ def pyramid(height: int, width: int, min_face_size: float) -> list[tuple[float, 
     return levels
 
 
+def search_by_size(net: nn.Sequential, images: Tensor, sizes: Tensor, among: Tensor, min_face_size: float,
+                   which: slice) -> Iterator[tuple[Tensor, list[float], list[Tensor]]]:
+    """P-Net on the levels `which` of the images `among` (k,), those of one size together, as a CPU's caches like it.
+
+    For some images at a time: their positions (b,) on the device; the scale of each level; P-Net's map of each level,
+    (5, b, h', w').
+    """
+    for (height, width), index in group_by_size(sizes[among]):
+        levels = pyramid(height, width, min_face_size)[which]
+        for part in index.split(max(1, BATCH_PIXELS[images.device.type] // (height * width))) if levels else ():
+            part = among[part].to(images.device)
+            pictures = images[part, :, :height, :width]
+            yield part, [level[0] for level in levels], [run_pnet(net, pictures, *level[1:]) for level in levels]
+
+
+def search_together(net: nn.Sequential, images: Tensor, sizes: Tensor, among: Tensor, min_face_size: float,
+                    which: slice) -> Iterator[tuple[Tensor, list[float], list[Tensor]]]:
+    """The same with images of all sizes in one call, which a GPU needs to be busy; cells past an image are -inf.
+
+    The numbers are those of search_by_size, but for what convolutions of other sizes round otherwise.
+    """
+    for part in among.split(max(1, BATCH_PIXELS[images.device.type] // max(1, images.shape[2] * images.shape[3]))):
+        tallest = int(sizes[part].amin(1).amax()) if len(part) else 0
+        scales = [level[0] for level in pyramid(tallest, tallest, min_face_size)[which]]
+        if scales:
+            part_sizes, part = sizes[part], part.to(images.device, non_blocking=True)
+            yield part, scales, [run_pnet_padded(net, images[part], part_sizes, scale) for scale in scales]
+
+
+Axis = tuple[Tensor, Tensor, Tensor, Tensor]    # near and far pixel (b, n) int64, their weights in 1/2048 (b, n) int32
+
+
 def resize(images: Tensor, height: int, width: int) -> Tensor:
     """Images (b, 3, h, w) uint8 -> (b, 3, height, width) int32 of 0 to 255, bit for bit as OpenCV's INTER_LINEAR.
 
@@ -274,28 +303,43 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     which of them is found: with float weights, rounded or not, 1.7 % of the reference's faces of 40 px lay elsewhere
     (IoU < 0.8), with these none of 341 tried.
     """
-    left, right, left_weight, right_weight = fixed_point_axis(images.shape[3], width, images.device)
-    top, bottom, top_weight, bottom_weight = fixed_point_axis(images.shape[2], height, images.device)
+    return resample(images, axis_of_samples(images.shape[2], height, images.device),
+                    axis_of_samples(images.shape[3], width, images.device))
 
-    def columns(rows: Tensor, which: Tensor) -> Tensor:             # four times as fast as index_select on a CPU
-        return rows.gather(3, which.expand(*rows.shape[:3], width)).int()
+
+def resample(images: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """What resize does, at the samples of two axes, each one for all images or one for each."""
+    top, bottom, top_weight, bottom_weight = rows
+    left, right, left_weight, right_weight = columns
+
+    def pick(lines: Tensor, which: Tensor) -> Tensor:               # four times as fast as index_select on a CPU
+        return lines.gather(3, which[:, None, None].expand(*lines.shape[:3], -1)).int()
 
     def blend(which: Tensor, weight: Tensor) -> Tensor:             # in place: half the time is memory's
-        rows = images.index_select(2, which)
-        across = columns(rows, left).mul_(left_weight).add_(columns(rows, right).mul_(right_weight))
-        return across.bitwise_right_shift_(4).mul_(weight[:, None]).bitwise_right_shift_(16)
+        lines = (images.index_select(2, which[0]) if len(which) == 1 else
+                 images.gather(2, which[:, None, :, None].expand(-1, 3, -1, images.shape[3])))
+        across = pick(lines, left).mul_(left_weight[:, None, None]).add_(
+            pick(lines, right).mul_(right_weight[:, None, None]))
+        return across.bitwise_right_shift_(4).mul_(weight[:, None, :, None]).bitwise_right_shift_(16)
 
     return blend(top, top_weight).add_(blend(bottom, bottom_weight)).add_(2).bitwise_right_shift_(2)
 
 
-@functools.lru_cache(maxsize=1024)
-def fixed_point_axis(length: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each of `target` samples of an axis: near and far pixel (int64), and their weights in 1/2048 (int32)."""
-    at = ((torch.arange(target, dtype=torch.float64) + 0.5) * (length / target) - 0.5).float().clamp(0, length - 1)
+def axes_of_samples(lengths: Tensor, targets: Tensor, n: int) -> Axis:
+    """Where each of n samples lies along an axis, of which the first targets (b,) cover lengths (b,) pixels, int64."""
+    last = (lengths - 1)[:, None]
+    steps = torch.arange(n, dtype=torch.float64, device=lengths.device) + 0.5
+    at = (steps * (lengths.double() / targets)[:, None] - 0.5).float().clamp(min=0).minimum(last)
     near = at.floor()
     near_weight, far_weight = ((weight * 2048).round().int() for weight in (1 - (at - near), at - near))
-    far = (near + 1).clamp(max=length - 1)
-    return near.long().to(device), far.long().to(device), near_weight.to(device), far_weight.to(device)
+    near = near.long()
+    return near, (near + 1).minimum(last), near_weight, far_weight
+
+
+@functools.lru_cache(maxsize=1024)
+def axis_of_samples(length: int, target: int, device: torch.device) -> Axis:
+    """axes_of_samples of one axis, remembered."""
+    return tuple(part.to(device) for part in axes_of_samples(torch.tensor([length]), torch.tensor([target]), target))
 
 
 def run_pnet(net: nn.Sequential, images: Tensor, height: int, width: int) -> Tensor:
@@ -315,7 +359,42 @@ def run_pnet(net: nn.Sequential, images: Tensor, height: int, width: int) -> Ten
     return torch.cat(found, 1)
 
 
-def cells_to_boxes(maps: list[Tensor], levels: list[tuple[float, int, int]], threshold: float):
+def run_pnet_padded(net: nn.Sequential, images: Tensor, sizes: Tensor, scale: float) -> Tensor:
+    """P-Net on a level of images (b, 3, H, W) uint8 that are padded from sizes (b, 2) int64: (5, b, h', w').
+
+    Cells that an image alone would not have are -inf, all of them where it is too small for the level.
+    """
+    scaled = sizes.double() * scale
+    targets = scaled.ceil().long()                                                          # (b, 2), as pyramid's
+    height, width = (targets.amax(0) + 1).tolist()
+    seen = (targets - 1).div(STRIDE, rounding_mode="floor") - 4                             # cells of each image
+    seen[scaled.amin(1) <= CELL] = 0
+    sizes, targets, seen = (part.to(images.device, non_blocking=True) for part in (sizes, targets, seen))
+    found = []
+    few = max(1, CHUNK_PIXELS[images.device.type] // (height * width))
+    for some, size, target, cells in zip(*(part.split(few) for part in (images, sizes, targets, seen)), strict=True):
+        axes = [axes_of_samples(size[:, axis], target[:, axis], n) for axis, n in enumerate((height, width))]
+        level = normalised(resample(some, *axes).float().contiguous(memory_format=torch.channels_last))
+        maps = net[2:](repeat_edges(net[:2](level), target - CONV))
+        rows, columns = (torch.arange(n, device=maps.device) for n in maps.shape[2:])
+        past = (rows >= cells[:, :1])[:, :, None] | (columns >= cells[:, 1:])[:, None]
+        maps[0].masked_fill_(past, -math.inf)
+        found.append(maps)
+    return torch.cat(found, 1)
+
+
+def repeat_edges(maps: Tensor, sizes: Tensor) -> Tensor:
+    """Maps (b, C, h, w) in place, the row and column after those of each one's sizes (b, 2) like the last: pooling,
+    whose last window may reach over the edge, then gives what it would at the edge.
+    """
+    for axis in (2, 3):
+        last = (sizes[:, axis - 2] - 1).clamp(min=0).view(-1, 1, 1, 1)
+        line = last.expand(*(1 if d == axis else n for d, n in enumerate(maps.shape)))
+        maps.scatter_(axis, line + 1, maps.gather(axis, line))
+    return maps
+
+
+def cells_to_boxes(maps: list[Tensor], scales: list[float], threshold: float):
     """P-Net's cells above a threshold of the logit, from its output (5, b, h', w') for each level.
 
     Returns boxes (n, 4) float32, the cells in pixels of the image; scores (n,); offsets (n, 4); level (n,); image (n,).
@@ -324,7 +403,7 @@ def cells_to_boxes(maps: list[Tensor], levels: list[tuple[float, int, int]], thr
     device = cells.device
     starts = torch.tensor([0] + [m.shape[2] * m.shape[3] for m in maps], device=device).cumsum(0)
     widths = torch.tensor([m.shape[3] for m in maps], device=device)
-    scales = torch.tensor([level[0] for level in levels], device=device, dtype=torch.float64)
+    scales = torch.tensor(scales, device=device, dtype=torch.float64)
     image, cell = (cells[0] > threshold).nonzero(as_tuple=True)
     level = torch.bucketize(cell, starts, right=True) - 1
     local = cell - starts[level]
@@ -357,7 +436,7 @@ def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> 
     """Non-maximum suppression by IoU within each group: indices of the boxes that stay, ascending.
 
     group (n,) int64 is ascending. Groups are moved apart and compared together, which on whole pixels is exact. But
-    time grows with the square of what is compared: on a CPU no more than BUNCH boxes or one group at once.
+    time grows with the square of what is compared: no more than BUNCH boxes or one group at once.
     """
     ends = boxes.double() + boxes.new_tensor([0, 0, 1, 1]) + (group * 100_000)[:, None]
     kept, start, counts = [group.new_zeros(0)], 0, bunches(group)
@@ -368,12 +447,10 @@ def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> 
 
 
 def bunches(group: Tensor) -> list[int]:
-    """Sizes of the runs of rows that are compared at once: whole groups, or on a GPU, which would wait, all."""
-    if group.is_cuda:
-        return [len(group)]
+    """Sizes of the runs of rows that are compared at once: whole groups."""
     sizes = []
     for count in group.unique_consecutive(return_counts=True)[1].tolist():
-        if sizes and sizes[-1] + count <= BUNCH:
+        if sizes and sizes[-1] + count <= BUNCH[group.device.type]:
             sizes[-1] += count
         else:
             sizes.append(count)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -22,6 +23,8 @@ from models.threads import Cores
 
 STATUSES = ("ok", "no_face", "unreadable", "too_large")
 DECODE_BATCH = 16           # pictures decoded, and searched for faces, together: 16 of 3 megapixels are 150 MB
+JOINED = 128                # pictures at most, and pixels with what pads them, that a GPU takes in one call
+JOINED_PIXELS = 200_000_000
 LARGEST_CHUNK = 2048        # files: what an interrupted run does again, at most
 FEW_FILES = 64              # for so many, starting decoding workers takes longer than they save
 
@@ -138,12 +141,44 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
     with Cores(labeller.device, lone_caller=True) as cores:
         batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers, cores=cores)
+        if labeller.device.type == "cuda":
+            batches = join_batches(batches, size, labeller.device)
         found = cores.in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches)
         labelled = cores.in_turn(lambda some: label_faces(some, labeller, settings),
                                  full_batches(found, settings.batch_size))
         for chunk, its in itertools.groupby(labelled, lambda some: some.chunk):
             yield chunk, sorted((row for some in its for row in some.faces + some.without),
                                 key=lambda row: (row.position, row.face))
+
+
+def join_batches(batches: Iterable[PhotoBatch], size: int, device: torch.device) -> Iterator[PhotoBatch]:
+    """Batches of a list in chunks of `size` as few large ones, on a GPU; none goes over the end of a chunk."""
+    for _, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
+        few = []
+        for batch in its:
+            n, height, width = measure(few + [batch])
+            if few and (n > JOINED or n * height * width > JOINED_PIXELS):
+                yield join(few, device)
+                few = []
+            few.append(batch)
+        yield join(few, device)
+
+
+def measure(batches: list[PhotoBatch]) -> tuple[int, int, int]:
+    """Number of decoded pictures, and the height and width that hold each of them."""
+    return sum(len(batch.positions) for batch in batches), *(max(batch.images.shape[d] for batch in batches)
+                                                             for d in (2, 3))
+
+
+def join(batches: list[PhotoBatch], device: torch.device) -> PhotoBatch:
+    """Batches as one, on a device."""
+    _, height, width = measure(batches)
+    parts = [batch.images.pin_memory() if device.type == "cuda" else batch.images for batch in batches]
+    images = torch.cat([F.pad(part.to(device, non_blocking=True),
+                              (0, width - part.shape[3], 0, height - part.shape[2])) for part in parts])
+    positions = [position for batch in batches for position in batch.positions]
+    sizes, scales = (torch.cat(some) for some in zip(*((batch.sizes, batch.scales) for batch in batches), strict=True))
+    return PhotoBatch(positions, images, sizes, scales, [failure for batch in batches for failure in batch.failures])
 
 
 def first_position(batch: PhotoBatch) -> int:

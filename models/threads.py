@@ -18,7 +18,8 @@ class Cores:
     """A thread for each of PyTorch's on a CPU, MOST_THREADS at most, while the block runs; one, the caller's, on CUDA.
 
     Detection is hundreds of small operations: two threads on each are hardly faster than one, two pictures at once
-    are. Steps that follow one another share one object: with threads of its own, each would take cores from the next.
+    are. On CUDA, threads that start them wait for one another. Steps that follow one another share one object: with
+    threads of its own, each would take cores from the next.
     lone_caller: the caller's own operations, which are few, run on one thread meanwhile; helpers of theirs would wait
     for more work in a loop, on these threads' cores.
     """

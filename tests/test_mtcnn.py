@@ -150,7 +150,7 @@ def test_fine_levels_are_searched_only_where_no_face_is_large(detector, astronau
     assert finest not in [tuple(size) for *size, _ in levels] and levels
 
 
-@pytest.mark.parametrize("counts", [(), (1,), (3, 0, 2), (40,) * 30, (5, BUNCH + 60, 7, 100, 180)])
+@pytest.mark.parametrize("counts", [(), (1,), (3, 0, 2), (40,) * 30, (5, BUNCH["cpu"] + 60, 7, 100, 180)])
 def test_suppression_of_many_groups_is_that_of_each(counts):
     generator = torch.Generator().manual_seed(5)
     corner = torch.randint(0, 60, (sum(counts), 2), generator=generator).float()
@@ -192,6 +192,22 @@ def test_a_level_in_splits_and_bands_is_the_level(detector, monkeypatch):
     for pixels in (3 * 40 * 55, 1500, 300, 1):
         monkeypatch.setitem(mtcnn.CHUNK_PIXELS, "cpu", pixels)
         assert torch.allclose(run_pnet(detector.pnet, pictures, 40, 55), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [slice(None), slice(2, None), slice(2)])
+def test_images_of_all_sizes_in_one_call_give_the_candidates_of_each(detector, astronaut, which, monkeypatch):
+    """What a GPU runs: padded levels, on a CPU here."""
+    turned = astronaut.transpose(1, 2)
+    pictures = [astronaut, turned[:, :301, :400], astronaut[:, :260, 100:340], astronaut[:, :15, :15],
+                astronaut[:, :12, :90], turned[:, 100:277, 50:340], astronaut[:, :30, :511]]
+    images, sizes = collate(pictures)
+    among = torch.tensor([0, 1, 3, 4, 5, 6])
+    wanted, wanted_index = detector.propose(images, sizes, which, among)
+    monkeypatch.setattr(mtcnn, "search_by_size", mtcnn.search_together)
+    for pixels in (1 << 16, 1 << 20):
+        monkeypatch.setitem(mtcnn.CHUNK_PIXELS, "cpu", pixels)
+        found, found_index = detector.propose(images, sizes, which, among)
+        assert torch.equal(found_index, wanted_index) and torch.equal(found, wanted) and len(found) > 50
 
 
 def test_nested_boxes_are_suppressed_within_an_image_only():

@@ -19,7 +19,7 @@ import train
 from models import splits
 from models.align import TEMPLATE, crop_views
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.classifier import FaceSpec
+from models.classifier import FaceClassifier, FaceSpec
 from models.faceset import read_faceset
 
 WINDOW = (14, 24, 98, 108)
@@ -31,6 +31,7 @@ def small_recipe(monkeypatch):
     """The default recipe at sizes a test can afford, in float32, whose sums do not depend on a quick check."""
     monkeypatch.setitem(train.RECIPES, "default", SMALL)
     monkeypatch.setattr(train, "fastest_format", lambda *_: None)
+    monkeypatch.setattr(train, "RESUME_EVERY", 0)
 
 
 def write_manifest(root) -> None:
@@ -150,7 +151,7 @@ def test_what_is_unknown_moves_nothing_and_the_classes_count_once():
 
 
 def test_the_wide_head_keeps_the_classes_and_is_not_saved(drawn_set, tmp_path, small_recipe):
-    model = train.FaceClassifier(FaceSpec(("a", "b", "c", "d"), TEMPLATE, WINDOW, 40))
+    model = FaceClassifier(FaceSpec(("a", "b", "c", "d"), TEMPLATE, WINDOW, 40))
     views, before = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8), model.eval().backbone.fc.weight.clone()
     said = model(views)
     train.widen_head(model)
@@ -239,7 +240,8 @@ def test_every_picture_once_an_epoch_over_two_ranks():
     for rank in range(2):
         args = train.parse_args(["--batch_size", "5"])
         args.rank, args.world_size, args.device = rank, 2, torch.device("cpu")
-        seen += [label for _, targets in train.train_batches(data, 3, args) for label in targets.argmax(1).tolist()]
+        batches = train.train_batches(data, 3, SMALL, 8, torch.Generator(), args)
+        seen += [label for _, targets in batches for label in targets.argmax(1).tolist()]
     assert sorted(seen) == list(range(10))
 
 
@@ -273,6 +275,27 @@ def test_resume_gives_the_run_that_never_stopped(drawn_set, tmp_path, small_reci
     assert not (tmp_path / "b.resume.pt").exists()
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_capturing_a_network_leaves_no_trace(monkeypatch):
+    """CUDA's graphs are played by the network itself here: what its statistics see while it is captured is undone."""
+    whole = []
+
+    def capture(model, samples):
+        model(*samples)
+        model.forward = lambda views: whole.append(len(views)) or FaceClassifier.forward(model, views)
+        return model
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    model = FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 40))
+    before = copy.deepcopy(model.state_dict())
+    network = train.CapturedNetwork(model, 40, torch.bfloat16, 6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    views = torch.rand(6, 3, 40, 40) * 255
+    for n in (6, 4):                                                    # a short batch is none of the captured ones
+        network(views[:n]).sum().backward()
+    assert whole == [6] and model.backbone.bn1.num_batches_tracked == 2
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 def test_it_learns_and_the_checkpoint_says_everything(drawn_set, tmp_path, small_recipe):
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "6", "--batch_size", "16",
         "--vis_dir", str(tmp_path))
@@ -287,7 +310,7 @@ def test_it_learns_and_the_checkpoint_says_everything(drawn_set, tmp_path, small
 
 def test_initialising_from_a_checkpoint(drawn_set, tmp_path, small_recipe):
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
-    model = train.FaceClassifier(load_checkpoint(tmp_path / "a.pt").spec)
+    model = FaceClassifier(load_checkpoint(tmp_path / "a.pt").spec)
     train.initialise(model, str(tmp_path / "a.pt"))
     assert torch.equal(model.backbone.fc.weight, weights(tmp_path / "a.pt")["fc.weight"])
 
@@ -295,7 +318,7 @@ def test_initialising_from_a_checkpoint(drawn_set, tmp_path, small_recipe):
 def test_a_head_of_other_classes_is_not_taken_over(drawn_set, tmp_path, small_recipe):
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
     start = load_checkpoint(tmp_path / "a.pt")
-    model = train.FaceClassifier(replace(start.spec, classes=start.spec.classes[::-1]))
+    model = FaceClassifier(replace(start.spec, classes=start.spec.classes[::-1]))
     train.initialise(model, str(tmp_path / "a.pt"))
     assert torch.equal(model.backbone.conv1.weight, start.model["conv1.weight"])
     assert not torch.equal(model.backbone.fc.weight, start.model["fc.weight"])
@@ -305,7 +328,7 @@ def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):
     """torchvision's file has no batch counters and a head of a thousand classes."""
     file = {key: value for key, value in resnet18(num_classes=1000).state_dict().items() if "num_batches" not in key}
     monkeypatch.setattr(type(ResNet18_Weights.IMAGENET1K_V1), "get_state_dict", lambda *args, **kwargs: file)
-    model = train.FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 40))
+    model = FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 40))
     head = model.backbone.fc.weight.clone()
     train.initialise(model, "imagenet")
     assert torch.equal(model.backbone.layer4[1].bn2.running_var, file["layer4.1.bn2.running_var"])
@@ -359,7 +382,7 @@ def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
     """Views of a teacher on another template are those that evaluate.py shows it."""
     spec = FaceSpec(("a", "b"), tuple((x + 7, y - 5) for x, y in TEMPLATE), WINDOW, 40)
     torch.manual_seed(0)
-    teacher = Checkpoint(spec, train.FaceClassifier(spec).backbone.state_dict())
+    teacher = Checkpoint(spec, FaceClassifier(spec).backbone.state_dict())
     shown = []
     monkeypatch.setattr(train, "Labeller", lambda *_: SimpleNamespace(
         probs=lambda views, flip: shown.append(views) or torch.full((len(views), 2), 0.5)))
@@ -373,7 +396,7 @@ def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
 
 def test_small_maps_in_bfloat16_give_the_same_gradients():
     torch.manual_seed(0)
-    plain = train.FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 48)).to(memory_format=torch.channels_last)
+    plain = FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 48)).to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
     train.speed_up_small_maps(fast)
     assert fast.state_dict().keys() == plain.state_dict().keys()
