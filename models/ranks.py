@@ -15,18 +15,21 @@ PATIENCE = timedelta(days=7)     # ranks may finish hours apart; one that dies i
 def start_distributed(device: torch.device | None = None) -> tuple[int, int, torch.device]:
     """(rank, world_size, device) of this process, which joins torchrun's group where there is one.
 
-    device None means CUDA where there is one, else the CPU; a CUDA device becomes that of the local rank. The group
-    talks through NCCL on CUDA, through gloo on the CPU. Without torchrun's environment: (0, 1, device).
+    device None means CUDA where there is one, else the CPU; a CUDA device becomes that of the local rank, and is shared
+    where a machine has more ranks than devices. The group talks through NCCL where each rank has a device of its own,
+    else through gloo. Without torchrun's environment: (0, 1, device).
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1, device
+    alone = False                                   # on a CUDA device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        n_devices = torch.cuda.device_count()
+        alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= n_devices
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % n_devices)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE,
-                                device_id=device if device.type == "cuda" else None)
+        dist.init_process_group("nccl" if alone else "gloo", timeout=PATIENCE, device_id=device if alone else None)
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -28,6 +28,22 @@ def test_cores_are_shared_among_local_ranks(monkeypatch):
     assert local_share(2) == 1
 
 
+@pytest.mark.parametrize(("ranks", "device", "backend"), [(2, "cuda:1", "nccl"), (8, "cuda:1", "gloo")])
+def test_ranks_share_the_devices_of_their_machine(ranks, device, backend, monkeypatch):
+    for name, value in {"RANK": 11, "WORLD_SIZE": 16, "LOCAL_RANK": ranks - 1, "LOCAL_WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, str(value))
+    joined = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **given: joined.append(
+        (name, given["device_id"])))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 11)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    chosen = torch.device(device)
+    assert start_distributed(torch.device("cuda")) == (11, 16, chosen)
+    assert joined == [chosen, (backend, chosen if backend == "nccl" else None)]
+
+
 def test_merged_parts_follow_the_head(tmp_path):
     parts = [tmp_path / f"{i}.part" for i in range(12)]
     for i, part in enumerate(parts):
