@@ -10,6 +10,7 @@ Writes  --out (weights, spec and calibration), <out stem>.log.jsonl (a line an e
 import bisect
 import copy
 import csv
+import gc
 import json
 import math
 import os
@@ -41,10 +42,11 @@ from models.splits import read_sets
 
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 TEACHER_SHARE = 0.7     # of each target that comes from --teacher; the label makes up the rest
-VIEWED = {"cpu": 1, "cuda": 16}     # batches whose views are made in one call: a GPU waits for whoever starts it
+VIEWED = {"cpu": 1, "cuda": 1024}   # pictures whose views are made in one call, whole batches: a GPU waits for calls
+BLURRED = 16            # pictures at most that are blurred alike
 WARPED = 16             # crops that a CPU makes floats and warps at a time: more would not stay in its caches
 AGES = (0, 5, 10, 18, 26, 34, 44, 56, 70)   # lower ends of the age bands that are learnt, years
-RESUME_EVERY = 20       # seconds, at least, between two resume files, which take a GPU as long as an epoch
+RESUME_EVERY = 20       # seconds, at least, between two resume files: each takes as long as a GPU's epoch
 AVERAGE_EVERY = 4       # steps between two updates of the weight average, which take a fiftieth of a step on a CPU
 
 
@@ -223,7 +225,10 @@ def teach(teacher: Checkpoint, crops: Tensor, args) -> Tensor:
 
 def views_of(crops: Tensor, window: tuple, side: int, device: torch.device) -> Tensor:
     """Window of many crops, cut on a device a few at a time: (N, 3, R, R) uint8 -> (N, 3, side, side) uint8 there."""
-    return torch.cat([crop_views(part.to(device), window, side) for part in crops.split(256)])
+    views = torch.empty(len(crops), 3, side, side, dtype=torch.uint8, device=device)
+    for part, target in zip(crops.split(256), views.split(256), strict=True):
+        target.copy_(crop_views(part.to(device), window, side))
+    return views
 
 
 def shrink(crops: Tensor, resolution: int) -> Tensor:
@@ -251,8 +256,7 @@ def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generat
     """One warp holds window, shift, scale, rotation, stretch and flip, a fresh draw per picture.
 
     crops (B, 3, R, R) uint8 -> views (B, 3, side, side) float32 in 0..255. Without `augment`, flip and the shifts of a
-    random crop of 104 from 128 alone. All draws are the CPU's, so they are the same on every device, and nothing waits
-    for a GPU.
+    random crop of 104 from 128 alone. All draws are the CPU's: the same on every device, and nothing waits for a GPU.
     """
     n = len(crops)
     flip = 1 - 2 * (torch.rand(n, generator=generator) < 0.5).float()
@@ -297,12 +301,12 @@ def random_colour(views: Tensor, generator: torch.Generator) -> Tensor:
 
 def random_blur(views: Tensor, generator: torch.Generator) -> Tensor:
     """One picture in seven shown at a lower resolution, as small faces are in other people's photographs."""
-    few = chosen(len(views), 0.15, generator).to(views.device, non_blocking=True)
-    if len(few):
-        side = views.shape[-1]
-        low = int(side * uniform(1, 0.3, 0.8, generator).item())
-        small = F.interpolate(views[few], size=low, mode="bilinear", antialias=True)
-        views[few] = F.interpolate(small, size=side, mode="bilinear")
+    side = views.shape[-1]
+    for few in chosen(len(views), 0.15, generator).to(views.device, non_blocking=True).split(BLURRED):
+        if len(few):
+            low = int(side * uniform(1, 0.3, 0.8, generator).item())
+            small = F.interpolate(views[few], size=low, mode="bilinear", antialias=True)
+            views[few] = F.interpolate(small, size=side, mode="bilinear")
     return views
 
 
@@ -333,7 +337,7 @@ def mix_up(views: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor
 # ---------------------------------------------------------------------------------------------------------- the loop
 @dataclass
 class Training:
-    """All that changes while training, and so all that a resume file holds."""
+    """All that changes while training: but for `saved`, all that a resume file holds."""
     model: FaceClassifier                   # on the device, bare
     average: FaceClassifier                 # moving average of its weights: the one that is validated and saved
     optimizer: torch.optim.Optimizer
@@ -498,7 +502,8 @@ def train_batches(data: Crops, epoch: int, recipe: Recipe, side: int, generator:
     """(views (B, 3, side, side) float32, targets (B, T) float32) of this rank's share of one epoch, on the device."""
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
     order = order[:len(order) // args.world_size * args.world_size][args.rank::args.world_size]
-    for rows in order.to(data.crops.device).split(args.batch_size * VIEWED[args.device.type]):
+    at_once = max(1, VIEWED[args.device.type] // args.batch_size) * args.batch_size
+    for rows in order.to(data.crops.device).split(at_once):
         crops, targets = (part.index_select(0, rows).to(args.device, non_blocking=True)
                           for part in (data.crops, data.targets))
         views = random_views(crops, recipe.window, side, recipe.augment, generator)
@@ -528,12 +533,14 @@ class CapturedNetwork(nn.Module):
     Started one by one, its hundreds of small operations take longer than the GPU needs for them.
     """
 
-    def __init__(self, model: FaceClassifier, side: int, amp_dtype: torch.dtype, batch_size: int):
+    def __init__(self, model: FaceClassifier, side: int, amp_dtype: torch.dtype | None, batch_size: int):
         super().__init__()
+        gc.collect()                                                # graphs of another side lie in a circle
         self.model, self.batch_size = model.train(), batch_size
         before = [buffer.clone() for buffer in model.buffers()]
         views = torch.zeros(batch_size, 3, side, side, device=model.scale.device)
-        with torch.autocast("cuda", amp_dtype, cache_enabled=False), torch.backends.cudnn.flags(True, benchmark=True):
+        autocast = torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None, cache_enabled=False)
+        with autocast, torch.backends.cudnn.flags(True, benchmark=True):
             self.captured = torch.cuda.make_graphed_callables(copy.copy(model), (views,))   # of the same parameters
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)                                     # batch-norm's statistics have seen the zeros
@@ -652,6 +659,7 @@ def run_epochs(training: Training, recipe: Recipe, train: Crops, val: Crops, arg
             crops = train.to(args.device) if args.on_device else train
             crops = replace(crops, crops=shrink(crops.crops, working_resolution(recipe.window, side)))
             val_views = views_of(val.crops, recipe.window, side, args.device)
+            network = None                                          # what it holds is free before the next is made
             network = shared or quickest_network(training, side, args)
         start = time.perf_counter()
         train_loss = train_one_epoch(training, network, crops, recipe, side, args)
@@ -667,7 +675,7 @@ def run_epochs(training: Training, recipe: Recipe, train: Crops, val: Crops, arg
 
 
 def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, recipe: Recipe, args) -> None:
-    """Prints and logs an epoch; saves its weights if they are the best at the final input size, and the resume file."""
+    """Prints and logs an epoch; saves its weights if they are the best at the final input size; in time all of it."""
     final = figures["input_size"] == validated.spec.input_size
     if final:                                                       # smaller inputs only lead up to it
         training.stale = 0 if figures["val_loss"] < training.lowest_loss else training.stale + 1
@@ -694,7 +702,7 @@ def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, r
 
 
 def forget_unfinished(log: Path, epoch: int) -> None:
-    """Drops the log's lines after an epoch: a run stopped between log and resume file repeats that epoch."""
+    """Drops the log's lines after an epoch: a run that was stopped repeats the epochs since its resume file."""
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
     log.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
 
@@ -856,8 +864,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fits(crops: Tensor, device: torch.device) -> bool:
-    """Whether the crops take at most half of the device's free memory."""
-    return crops.numel() < torch.cuda.mem_get_info(device)[0] / 2
+    """Whether the crops, and a smaller copy, take at most two thirds of this rank's share of a device's free memory."""
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / torch.cuda.device_count())
+    return crops.numel() < torch.cuda.mem_get_info(device)[0] / ranks / 3
 
 
 if __name__ == "__main__":

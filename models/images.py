@@ -310,7 +310,7 @@ def collate_photos(photos: list[Tensor]) -> tuple[Tensor, Tensor]:
 @dataclass
 class PhotoBatch:
     """Some pictures of a list: those that decoded, padded into one tensor, and those that did not, with why."""
-    positions: list[int]                        # of the decoded ones in the list, ascending
+    positions: list[int]                        # of the decoded ones in the list
     images: Tensor                              # (B, 3, H, W) uint8, zero-padded right and below
     sizes: Tensor                               # (B, 2) int64 true height, width
     scales: Tensor                              # (B,) float32, decoded over original size

@@ -26,7 +26,7 @@ SURE = 2                        # times a level's window: a face that large is n
 # How much one call takes: on a CPU what its caches hold.
 CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # P-Net: pixels of a level
 CROP_PIXELS = {"cpu": 24_000, "cuda": 1 << 22}      # R-Net and O-Net: pixels of crops
-BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}    # pictures searched together: their pixels
+BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 26}    # pictures searched together: their pixels
 BUNCH = {"cpu": 256, "cuda": 4096}                  # boxes that are compared with one another in one call
 LANES = 16                      # floats that a CPU's vector instructions take at once: channels are padded to these
 
@@ -268,8 +268,8 @@ def search_by_size(net: nn.Sequential, images: Tensor, sizes: Tensor, among: Ten
                    which: slice) -> Iterator[tuple[Tensor, list[float], list[Tensor]]]:
     """P-Net on the levels `which` of the images `among` (k,), those of one size together, as a CPU's caches like it.
 
-    For some images at a time: their positions (b,) on the device; the scale of each level; P-Net's map of each level,
-    (5, b, h', w').
+    sizes (B, 2) and among (k,) int64 lie on the CPU. Yields, for some images at a time: their positions (b,) on the
+    images' device; the scale of each level; P-Net's map of each level, (5, b, h', w').
     """
     for (height, width), index in group_by_size(sizes[among]):
         levels = pyramid(height, width, min_face_size)[which]
@@ -290,7 +290,8 @@ def search_together(net: nn.Sequential, images: Tensor, sizes: Tensor, among: Te
         scales = [level[0] for level in pyramid(tallest, tallest, min_face_size)[which]]
         if scales:
             part_sizes, part = sizes[part], part.to(images.device, non_blocking=True)
-            yield part, scales, [run_pnet_padded(net, images[part], part_sizes, scale) for scale in scales]
+            pictures = images[part]
+            yield part, scales, [run_pnet_padded(net, pictures, part_sizes, scale) for scale in scales]
 
 
 Axis = tuple[Tensor, Tensor, Tensor, Tensor]    # near and far pixel (b, n) int64, their weights in 1/2048 (b, n) int32
@@ -362,7 +363,8 @@ def run_pnet(net: nn.Sequential, images: Tensor, height: int, width: int) -> Ten
 def run_pnet_padded(net: nn.Sequential, images: Tensor, sizes: Tensor, scale: float) -> Tensor:
     """P-Net on a level of images (b, 3, H, W) uint8 that are padded from sizes (b, 2) int64: (5, b, h', w').
 
-    Cells that an image alone would not have are -inf, all of them where it is too small for the level.
+    Cells that an image alone would not have are -inf, all of them where it is too small for the level. One image is
+    never divided: of 30 million pixels at the finest level, 6 GB.
     """
     scaled = sizes.double() * scale
     targets = scaled.ceil().long()                                                          # (b, 2), as pyramid's
@@ -384,8 +386,9 @@ def run_pnet_padded(net: nn.Sequential, images: Tensor, sizes: Tensor, scale: fl
 
 
 def repeat_edges(maps: Tensor, sizes: Tensor) -> Tensor:
-    """Maps (b, C, h, w) in place, the row and column after those of each one's sizes (b, 2) like the last: pooling,
-    whose last window may reach over the edge, then gives what it would at the edge.
+    """Maps (b, C, h, w) whose rows and columns past each one's sizes (b, 2) begin with a copy of the last; in place.
+
+    Pooling, whose last window may reach over the edge, then gives what it would give there.
     """
     for axis in (2, 3):
         last = (sizes[:, axis - 2] - 1).clamp(min=0).view(-1, 1, 1, 1)
@@ -460,8 +463,21 @@ def bunches(group: Tensor) -> list[int]:
 def suppress_nested(boxes: Tensor, image_index: Tensor, threshold: float) -> Tensor:
     """Indices of the boxes (n, 4), each image's best first, that no better box of their image covers.
 
-    Covered is intersection over the smaller of the two boxes. The loop ends when nothing changes any more; it runs
-    as often as the longest chain of boxes that unseat one another, two or three times.
+    Covered is intersection over the smaller of the two boxes. A few images at a time, for memory grows with the square.
+    """
+    kept, start = [image_index.new_zeros(0)], 0
+    for count in bunches(image_index):
+        some = slice(start, start + count)
+        kept.append(never_covered(boxes[some], image_index[some], threshold) + start)
+        start += count
+    return torch.cat(kept)
+
+
+def never_covered(boxes: Tensor, image_index: Tensor, threshold: float) -> Tensor:
+    """suppress_nested of all boxes at once.
+
+    The loop ends when nothing changes any more; it runs as often as the longest chain of boxes that unseat one another,
+    two or three times.
     """
     top_left = torch.maximum(boxes[:, None, :2], boxes[:, :2])
     bottom_right = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])

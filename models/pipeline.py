@@ -5,6 +5,7 @@ place in the list alone, and so do, to the last bit, its numbers.
 """
 import csv
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +18,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces
 from models.checkpoint import Checkpoint
 from models.faceset import come_as_crops, cut_crops
-from models.images import PhotoBatch, can_share, load_photos
+from models.images import GROUP_PIXELS, PhotoBatch, can_share, load_photos
 from models.mtcnn import MTCNN, Faces
 from models.threads import Cores
 
 STATUSES = ("ok", "no_face", "unreadable", "too_large")
-DECODE_BATCH = 16           # pictures decoded, and searched for faces, together: 16 of 3 megapixels are 150 MB
+DECODE_BATCH = 16           # pictures decoded, and on a CPU searched for faces, together: 16 of 3 megapixels, 150 MB
 JOINED = 128                # pictures at most, and pixels with what pads them, that a GPU takes in one call
 JOINED_PIXELS = 200_000_000
 LARGEST_CHUNK = 2048        # files: what an interrupted run does again, at most
@@ -152,30 +153,37 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
 
 
 def join_batches(batches: Iterable[PhotoBatch], size: int, device: torch.device) -> Iterator[PhotoBatch]:
-    """Batches of a list in chunks of `size` as few large ones, on a GPU; none goes over the end of a chunk."""
+    """Batches of a list in chunks of `size` as few large ones, on a GPU; none goes over the end of a chunk.
+
+    Pictures of very different sizes stay apart, as group_sizes has it.
+    """
     for _, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
         few = []
         for batch in its:
-            n, height, width = measure(few + [batch])
-            if few and (n > JOINED or n * height * width > JOINED_PIXELS):
+            if few and not go_together(few + [batch]):
                 yield join(few, device)
                 few = []
             few.append(batch)
         yield join(few, device)
 
 
-def measure(batches: list[PhotoBatch]) -> tuple[int, int, int]:
-    """Number of decoded pictures, and the height and width that hold each of them."""
-    return sum(len(batch.positions) for batch in batches), *(max(batch.images.shape[d] for batch in batches)
-                                                             for d in (2, 3))
+def go_together(batches: list[PhotoBatch]) -> bool:
+    """Whether a GPU takes these batches in one call: not too much for it, and not more padding than pictures."""
+    n, canvas = sum(len(batch.positions) for batch in batches), math.prod(padded_size(batches))
+    filled = sum(int(batch.sizes.prod(1).sum()) for batch in batches)
+    return n <= JOINED and n * canvas <= min(JOINED_PIXELS, max(2 * filled, GROUP_PIXELS))
+
+
+def padded_size(batches: list[PhotoBatch]) -> tuple[int, int]:
+    """The height and width that hold every picture."""
+    return tuple(max(batch.images.shape[d] for batch in batches) for d in (2, 3))
 
 
 def join(batches: list[PhotoBatch], device: torch.device) -> PhotoBatch:
-    """Batches as one, on a device."""
-    _, height, width = measure(batches)
-    parts = [batch.images.pin_memory() if device.type == "cuda" else batch.images for batch in batches]
-    images = torch.cat([F.pad(part.to(device, non_blocking=True),
-                              (0, width - part.shape[3], 0, height - part.shape[2])) for part in parts])
+    """Batches as one, on a device; their pictures in the order of the batches."""
+    height, width = padded_size(batches)
+    images = torch.cat([F.pad(part.to(device), (0, width - part.shape[3], 0, height - part.shape[2]))
+                        for part in (batch.images for batch in batches)])
     positions = [position for batch in batches for position in batch.positions]
     sizes, scales = (torch.cat(some) for some in zip(*((batch.sizes, batch.scales) for batch in batches), strict=True))
     return PhotoBatch(positions, images, sizes, scales, [failure for batch in batches for failure in batch.failures])

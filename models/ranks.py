@@ -17,9 +17,12 @@ def start_distributed(device: torch.device | None = None) -> tuple[int, int, tor
 
     device None means CUDA where there is one, else the CPU; a CUDA device becomes that of the local rank, and is shared
     where a machine has more ranks than devices. The group talks through NCCL where each rank has a device of its own,
-    else through gloo. Without torchrun's environment: (0, 1, device).
+    else through gloo: all machines of a run must be alike in that. Without torchrun's environment: (0, 1, device).
+    A device with a number becomes PyTorch's current one, for which alone CUDA's graphs can be captured.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1, device
     alone = False                                   # on a CUDA device

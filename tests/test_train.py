@@ -234,18 +234,27 @@ def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
     assert [part.files for part in first] == [part.files for part in other] and sent[1] is None
 
 
-def test_every_picture_once_an_epoch_over_two_ranks():
-    data = train.Crops(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), torch.eye(10), [""] * 10)
-    seen = []
+@pytest.mark.parametrize("viewed", [1, 10])
+def test_every_picture_once_an_epoch_over_two_ranks(viewed, monkeypatch):
+    monkeypatch.setitem(train.VIEWED, "cpu", viewed)                    # one batch of 2 at a time, or five as on a GPU
+    crops = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)    # of one colour each
+    data, recipe, seen = train.Crops(crops, torch.arange(10), torch.eye(10), [""] * 10), train.RECIPES["published"], []
     for rank in range(2):
-        args = train.parse_args(["--batch_size", "5"])
+        args = train.parse_args(["--batch_size", "2"])
         args.rank, args.world_size, args.device = rank, 2, torch.device("cpu")
-        batches = train.train_batches(data, 3, SMALL, 8, torch.Generator(), args)
-        seen += [label for _, targets in batches for label in targets.argmax(1).tolist()]
-    assert sorted(seen) == list(range(10))
+        batches = list(train.train_batches(data, 3, recipe, 4, torch.Generator(), args))
+        assert [len(views) for views, _ in batches] == [2, 2]           # the fifth alone has no statistics
+        for views, targets in batches:
+            assert torch.allclose(views[:, 0, 0, 0], targets.argmax(1).float(), atol=1e-4)
+            seen += targets.argmax(1).tolist()
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(2023 * 1000 + 3)).tolist()
+    assert seen == order[0:8:2] + order[1:8:2]
 
 
-def test_resume_gives_the_run_that_never_stopped(drawn_set, tmp_path, small_recipe, monkeypatch):
+@pytest.mark.parametrize("every", [0, math.inf])
+def test_resume_gives_the_run_that_never_stopped(every, drawn_set, tmp_path, small_recipe, monkeypatch):
+    """From the epoch in which it was killed, or from the first, the only one saved where epochs are short."""
+    monkeypatch.setattr(train, "RESUME_EVERY", every)
     write_manifest(drawn_set)
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "4", "--vis_dir", str(tmp_path))
     straight = (tmp_path / "a.log.jsonl").read_text().splitlines()
