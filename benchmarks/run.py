@@ -156,14 +156,20 @@ class Result:
 
 
 def take_turns(case: str, procedures: dict[str, tuple[Callable, list]], runs: int, device: torch.device,
-               warm: int | None = None) -> list[Figure]:
-    """A figure for each procedure (function, items), which run in turns, `runs` times; `warm` items go before."""
+               warm: int | None = None, always: bool = False) -> list[Figure]:
+    """A figure for each procedure (function, items), which run in turns, `runs` times; `warm` items go before.
+
+    always: before each run, not only the first; where a run is a short piece of something long, what it takes to get
+    memory back from the procedure before it is no part of that.
+    """
     for function, items in procedures.values():
         function(items[:warm])
     figures = [Figure(case, name, len(items), []) for name, (_, items) in procedures.items()]
     busy, gpu = [0.0] * len(figures), [[] for _ in figures]
     for _ in range(runs):
         for i, (function, items) in enumerate(procedures.values()):
+            if always:
+                function(items[:warm])
             with GpuMeter(device) as meter:
                 cpu, start = sum(os.times()[:4]), time.perf_counter()
                 function(items)
@@ -535,7 +541,7 @@ def bench_epoch(bench: Bench) -> Result:
                           for _ in range(0, len(rows), BATCH)], paths),
         "plain loop, files decoded anew": (
             lambda rows: plain.epoch(rows, labels[:len(rows)]), paths[:sizes.plain_steps * BATCH])},
-        sizes.runs, bench.device, warm=2 * BATCH)
+        sizes.runs, bench.device, warm=2 * BATCH, always=True)
     result.compare("training: ratio to forward, backward and step alone", ours, ceiling, 0.95)
     result.bars.append(Bar("training: ratio to the plain loop", ours.rate / other.rate, least=1.0))
     if bench.device.type == "cuda":
