@@ -37,7 +37,7 @@ from models.faceset import GENDERS, FaceSet, FaceSetError, align_set, faceset_di
 from models.metrics import confusion_matrix
 from models.mtcnn import MTCNN
 from models.pipeline import Labeller, network_batch
-from models.ranks import from_first, leave_distributed, moved_in, start_distributed
+from models.ranks import from_first, leave_distributed, local_share, moved_in, start_distributed
 from models.splits import read_sets
 
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
@@ -611,7 +611,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     if step % AVERAGE_EVERY:
         return
     decay = min(decay ** AVERAGE_EVERY, (step + 1) / (step + 10))
-    pairs = list(zip(*([*module.parameters(), *module.buffers()] for module in (average, model)), strict=True))
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     get_ema_multi_avg_fn(decay)(*map(list, zip(*floats, strict=True)), None)        # one call, not a hundred
     for mean, value in pairs:
@@ -865,8 +865,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def fits(crops: Tensor, device: torch.device) -> bool:
     """Whether the crops, and a smaller copy, take at most two thirds of this rank's share of a device's free memory."""
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / torch.cuda.device_count())
-    return crops.numel() < torch.cuda.mem_get_info(device)[0] / ranks / 3
+    free = torch.cuda.mem_get_info(device)[0]
+    return crops.numel() < min(free, local_share(free * torch.cuda.device_count())) / 3
 
 
 if __name__ == "__main__":

@@ -325,6 +325,11 @@ class PhotoBatch:
         vars(self).update(state, sizes=sizes, scales=torch.tensor(state["scales"], dtype=torch.float32))
 
 
+def worth_padding(padded: int, filled: int) -> bool:
+    """Whether pictures of `filled` pixels may go into a tensor of `padded`: twice as many at most, or it is small."""
+    return padded <= max(2 * filled, GROUP_PIXELS)
+
+
 def group_sizes(photos: list[Tensor]) -> list[list[int]]:
     """Positions of pictures (3, h, w) that go into one padded tensor, at most twice the memory of what it holds.
 
@@ -334,7 +339,7 @@ def group_sizes(photos: list[Tensor]) -> list[list[int]]:
     for i in sorted(range(len(photos)), key=lambda i: (photos[i].shape[1] * photos[i].shape[2], i)):
         height, width = photos[i].shape[1:]
         tall, wide, full = max(tallest, height), max(widest, width), filled + height * width
-        if not groups or tall * wide * (len(groups[-1]) + 1) > max(2 * full, GROUP_PIXELS):
+        if not groups or not worth_padding(tall * wide * (len(groups[-1]) + 1), full):
             groups.append([])
             tall, wide, full = height, width, height * width
         groups[-1].append(i)

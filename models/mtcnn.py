@@ -7,7 +7,7 @@ x2 - x1 + 1. The networks' weights are those of facenet-pytorch 2.6.0 (checkpoin
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -442,11 +442,16 @@ def suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> 
     time grows with the square of what is compared: no more than BUNCH boxes or one group at once.
     """
     ends = boxes.double() + boxes.new_tensor([0, 0, 1, 1]) + (group * 100_000)[:, None]
+    return keep_by_bunches(lambda *some: nms(*some, threshold), group, ends, scores.double()).sort().values
+
+
+def keep_by_bunches(keep: Callable, group: Tensor, *rows: Tensor) -> Tensor:
+    """Indices of what keep(*rows) keeps, asked bunch by bunch of whole groups; group (n,) int64 is ascending."""
     kept, start, counts = [group.new_zeros(0)], 0, bunches(group)
-    for some, their_scores in zip(ends.split(counts), scores.double().split(counts), strict=True):
-        kept.append(nms(some, their_scores, threshold) + start)
-        start += len(some)
-    return torch.cat(kept).sort().values
+    for some in zip(*(part.split(counts) for part in rows), strict=True):
+        kept.append(keep(*some) + start)
+        start += len(some[0])
+    return torch.cat(kept)
 
 
 def bunches(group: Tensor) -> list[int]:
@@ -465,12 +470,7 @@ def suppress_nested(boxes: Tensor, image_index: Tensor, threshold: float) -> Ten
 
     Covered is intersection over the smaller of the two boxes. A few images at a time, for memory grows with the square.
     """
-    kept, start = [image_index.new_zeros(0)], 0
-    for count in bunches(image_index):
-        some = slice(start, start + count)
-        kept.append(never_covered(boxes[some], image_index[some], threshold) + start)
-        start += count
-    return torch.cat(kept)
+    return keep_by_bunches(lambda *some: never_covered(*some, threshold), image_index, boxes, image_index)
 
 
 def never_covered(boxes: Tensor, image_index: Tensor, threshold: float) -> Tensor:

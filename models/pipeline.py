@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces
 from models.checkpoint import Checkpoint
 from models.faceset import come_as_crops, cut_crops
-from models.images import GROUP_PIXELS, PhotoBatch, can_share, load_photos
+from models.images import PhotoBatch, can_share, load_photos, worth_padding
 from models.mtcnn import MTCNN, Faces
 from models.threads import Cores
 
@@ -171,7 +171,7 @@ def go_together(batches: list[PhotoBatch]) -> bool:
     """Whether a GPU takes these batches in one call: not too much for it, and not more padding than pictures."""
     n, canvas = sum(len(batch.positions) for batch in batches), math.prod(padded_size(batches))
     filled = sum(int(batch.sizes.prod(1).sum()) for batch in batches)
-    return n <= JOINED and n * canvas <= min(JOINED_PIXELS, max(2 * filled, GROUP_PIXELS))
+    return n <= JOINED and n * canvas <= JOINED_PIXELS and worth_padding(n * canvas, filled)
 
 
 def padded_size(batches: list[PhotoBatch]) -> tuple[int, int]:

@@ -234,21 +234,33 @@ def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
     assert [part.files for part in first] == [part.files for part in other] and sent[1] is None
 
 
+def batches_of(n: int, rank: int) -> list:
+    """The batches of 5 of a rank of two, of n pictures whose colour is their label."""
+    crops = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    data = train.Crops(crops, torch.arange(n), torch.eye(n), [""] * n)
+    args = train.parse_args(["--batch_size", "5"])
+    args.rank, args.world_size, args.device = rank, 2, torch.device("cpu")
+    return list(train.train_batches(data, 3, train.RECIPES["published"], 4, torch.Generator(), args))
+
+
 @pytest.mark.parametrize("viewed", [1, 10])
 def test_every_picture_once_an_epoch_over_two_ranks(viewed, monkeypatch):
-    monkeypatch.setitem(train.VIEWED, "cpu", viewed)                    # one batch of 2 at a time, or five as on a GPU
-    crops = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)    # of one colour each
-    data, recipe, seen = train.Crops(crops, torch.arange(10), torch.eye(10), [""] * 10), train.RECIPES["published"], []
+    monkeypatch.setitem(train.VIEWED, "cpu", viewed)                    # a batch of 5 at a time, or two as on a GPU
+    seen = []
     for rank in range(2):
-        args = train.parse_args(["--batch_size", "2"])
-        args.rank, args.world_size, args.device = rank, 2, torch.device("cpu")
-        batches = list(train.train_batches(data, 3, recipe, 4, torch.Generator(), args))
-        assert [len(views) for views, _ in batches] == [2, 2]           # the fifth alone has no statistics
+        batches = batches_of(20, rank)
+        assert [len(views) for views, _ in batches] == [5, 5]
         for views, targets in batches:
             assert torch.allclose(views[:, 0, 0, 0], targets.argmax(1).float(), atol=1e-4)
             seen += targets.argmax(1).tolist()
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(2023 * 1000 + 3)).tolist()
-    assert seen == order[0:8:2] + order[1:8:2]
+    assert sorted(seen) == list(range(20))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(2023 * 1000 + 3)).tolist()
+    assert seen == order[::2] + order[1::2]
+
+
+def test_a_last_picture_alone_is_no_batch():
+    """Batch norm has no statistics of one."""
+    assert [len(views) for views, _ in batches_of(22, 0)] == [5, 5]
 
 
 @pytest.mark.parametrize("every", [0, math.inf])
