@@ -9,10 +9,10 @@ Writes  <out_dir>/<name>_confusion_matrix.png, <name>_confusion_matrix_percentag
         where they showed something else. <out_dir>/summary.csv has a line for each <name>_metrics.json there: models
         and data sets side by side. --calibrate also writes the calibration into the checkpoint.
 
-    python evaluate.py --data data/utk_races --split test --ckpt checkpoints/resnet18_utk.pt
-    python evaluate.py --data FairFace_val --name fairface_val --class_map East_Asian=Asian,Southeast_Asian=Asian
-    python evaluate.py --data data/utk_races --calibrate
-    python evaluate.py --shares predictions.csv --out_dir out
+    python evaluate.py --data data/utk_published --split test --ckpt checkpoints/resnet18_utk.pt
+    python evaluate.py --data data/FairFace_val --name fairface_val --class_map East_Asian=Asian,Southeast_Asian=Asian
+    python evaluate.py --data data/utk_races --ckpt checkpoints/mine.pt --calibrate
+    python evaluate.py --shares out/predictions.csv --ckpt checkpoints/resnet18_general.pt --out_dir out
 """
 import csv
 import io
@@ -72,8 +72,7 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("--data", default="data/utk_races", help="folder of splits or of class folders, or a CSV list (%(default)s)")
     add("--split", help="folder of --data to read, where it has splits (test; val with --calibrate)")
-    add("--ckpt", default=str(Path(__file__).resolve().parent / CKPT),
-        help=f"the classifier: a checkpoint of train.py, or a published Lightning one (the project's {CKPT})")
+    add("--ckpt", help=f"the classifier: a checkpoint of train.py, or a published Lightning one (the project's {CKPT})")
     add("--out_dir", default="visualizations", help="where figures go (%(default)s)")
     add("--name", help="first part of the figures' names (the split)")
     add("--class_map", type=cli.class_map,
@@ -90,8 +89,8 @@ def parse_args(argv: list[str] | None = None):
         help="state how many pictures stay unanswered where this much error is allowed (%(default)s)")
     add("--alpha", type=cli.fraction, default=0.1, help="error allowed to the prediction sets (%(default)s)")
     add("--calibrate", action="store_true", help="fit the calibration on the validation split, into the checkpoint")
-    add("--shares", metavar="FILE", help="instead: group shares of a predictions.csv that infer.py made with --ckpt; "
-                                         "writes shares.json and shares.png")
+    add("--shares", metavar="FILE", help="instead: group shares of a predictions.csv of infer.py, by the --ckpt that "
+                                         "made it; writes shares.json and shares.png")
     args = parser.parse_args(argv)
     args.split = args.split or ("val" if args.calibrate else "test")
     args.name = args.name or args.split
@@ -99,6 +98,11 @@ def parse_args(argv: list[str] | None = None):
         parser.error("--calibrate: fits on validation pictures; --split test is kept for the figures")
     if Path(args.name).name != args.name:
         parser.error(f"--name {args.name}: wants a file name's beginning, not a path")
+    if args.shares and not args.ckpt:
+        parser.error(f"--shares {args.shares}: wants --ckpt, the checkpoint that made it: each errs in its own way")
+    if args.against and Path(args.against).resolve() == (Path(args.out_dir) / f"{args.name}_probs.npz").resolve():
+        parser.error(f"--against {args.against}: this report would replace it; another --name keeps both")
+    args.ckpt = args.ckpt or str(Path(__file__).resolve().parent / CKPT)
     return parser, args
 
 

@@ -36,6 +36,7 @@ from models.mtcnn import MTCNN
 from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
 from models.pipeline import (
     STATUSES,
+    UNCERTAIN,
     Labeller,
     Row,
     Settings,
@@ -45,12 +46,12 @@ from models.pipeline import (
     count_files,
     csv_line,
     decode_workers,
+    label_name,
     network_batch,
     read_predictions,
 )
 from models.ranks import (
     leave_distributed,
-    local_share,
     merge_parts,
     moved_in,
     my_part,
@@ -60,7 +61,6 @@ from models.ranks import (
 from models.shares import draw_shares, estimate_shares, format_shares
 
 CKPT = "checkpoints/resnet18_general.pt"     # in the project, wherever the command is run
-UNCERTAIN = "uncertain"
 PARTS = "infer_parts"               # folder of an unfinished run, in the output folder
 FEWEST_FACES = 20                   # below, intervals of shares say nothing and drawing them takes longest of all
 CROP_BYTES = 3 * TEMPLATE_SIZE * TEMPLATE_SIZE
@@ -227,9 +227,7 @@ def run_flags(args) -> dict:
 
 def choose_settings(args, run: Run, device: torch.device) -> Settings:
     """The flags with what they leave open chosen for this machine and list."""
-    workers = args.num_workers
-    if workers is None:
-        workers = decode_workers(count_files(len(run.photos), run.todo), local_share(cli.worker_count()), device)
+    workers = decode_workers(args.num_workers, count_files(len(run.photos), run.todo), device)
     return Settings(args.align, args.faces, args.flip, args.batch_size or network_batch(device), workers,
                     args.max_side, args.visualize)
 
@@ -277,11 +275,6 @@ def decide(rows: list[Row], names: list[str], least: torch.Tensor,
     sets = iter(["|".join(itertools.compress(names, members)) for members in (probs >= least_inside).tolist()])
     return ([next(answers) if row.status == "ok" else "" for row in rows],
             [next(sets) if row.status == "ok" else "" for row in rows])
-
-
-def label_name(name: str) -> str:
-    """A class name as it stands in the results: never with a space, so that the last space of a line divides it."""
-    return "_".join(name.split())
 
 
 def write_part(run: Run, chunk: int, rows: list[Row], labels: list[str], sets: list[str], n_classes: int,

@@ -4,8 +4,8 @@ Reads   --data: folders that utk_dataset_builder.py made, any folders of class f
 Writes  --out (weights, spec and calibration), <out stem>.log.jsonl (a line an epoch), <out stem>.resume.pt (for
         --resume; removed at the end) and visualizations/validation_loss.png.
 
-    python train.py --data data/utk_races --out checkpoints/resnet18_utk.pt
-    torchrun --nproc_per_node=2 train.py --data data/utk_races
+    python train.py --data data/utk_races --out checkpoints/mine.pt
+    torchrun --nproc_per_node=2 train.py --data data/utk_races --out checkpoints/mine.pt
 """
 import bisect
 import copy
@@ -40,6 +40,7 @@ from models.pipeline import Labeller, network_batch
 from models.ranks import from_first, leave_distributed, local_share, moved_in, start_distributed
 from models.splits import read_sets
 
+MIN_FACE_SIZE = 40      # pixels, in pictures that are no finished crops: their face is large, as the builder's is
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
 TEACHER_SHARE = 0.7     # of each target that comes from --teacher; the label makes up the rest
 VIEWED = {"cpu": 1, "cuda": 1024}   # pictures whose views are made in one call, whole batches: a GPU waits for calls
@@ -119,16 +120,20 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str, side: bool
     targets = [F.one_hot(faces.labels, len(faces.classes)).float() for faces in sets]
     if side:
         targets = [torch.cat([its, side_targets(faces)], 1) for its, faces in zip(targets, sets, strict=True)]
-    detector = MTCNN(min_face_size=40).to(args.device)
+    detector = MTCNN(min_face_size=MIN_FACE_SIZE).to(args.device)
     for i, faces in enumerate(sets):
         part = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
-        good = torch.ones(len(faces), dtype=torch.bool)
+        good, n_faceless = torch.ones(len(faces), dtype=torch.bool), 0
         for batch in align_set(faces.paths(), faces.finished, detector, WHOLE, resolution, workers=args.workers,
                                progress=f"{what} {args.data[i]}" if args.rank == 0 else None):
             part[batch.positions] = batch.views
+            n_faceless += len(batch.positions) if batch.aligned_by == "template" else 0
             for position, status, reason in batch.failures:
                 good[position] = False
                 tqdm.write(f"left out: {faces.files[position]}: {status}: {reason}")
+        if n_faceless and args.rank == 0:
+            print(f"{what} {args.data[i]}: no face was found in {n_faceless} of {len(faces)} pictures; "
+                  "they are aligned by the mean landmarks of the others")
         crops.append(part if good.all() else part[good])
         labels.append(faces.labels[good])
         targets[i] = targets[i][good]
@@ -697,7 +702,8 @@ def finish_epoch(training: Training, validated: FaceClassifier, figures: dict, r
                  "train_files": args.train_files}
         save_checkpoint(args.out, Checkpoint(validated.spec, class_weights(validated), None, about))
     if time.monotonic() - training.saved >= RESUME_EVERY:
-        save_atomically(training.state() | {"args": args.shown, "recipe": asdict(recipe)}, args.resume_file)
+        state = training.state() | {"args": args.shown, "recipe": asdict(recipe), "world_size": args.world_size}
+        save_atomically(state, args.resume_file)
         training.saved = time.monotonic()
 
 
@@ -766,7 +772,7 @@ def parse_args(argv: list[str] | None = None):
                              f"facesets/second_opinion.py (.csv); what they say makes up {TEACHER_SHARE} of a target")
     parser.add_argument("--resume", action="store_true", help="go on after the last epoch that was saved")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
-    parser.add_argument("--device", type=cli.device, default="auto")
+    cli.add_device(parser)
     parser.add_argument("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes")
     parser.add_argument("--vis_dir", default="visualizations", help="where validation_loss.png goes")
     args = parser.parse_args(argv)
@@ -795,6 +801,9 @@ def check_outputs(args) -> None:
         if begun.get(name) != args.shown[name]:
             args.parser.error(f"--resume: {args.resume_file} was begun with another --{name} "
                               f"({begun.get(name)}, now {args.shown[name]})")
+    if state.get("world_size") != args.world_size:
+        args.parser.error(f"--resume: {args.resume_file} was begun by another number of processes "
+                          f"({state.get('world_size')}, now {args.world_size})")
     if state.get("recipe") != asdict(RECIPES[args.recipe]):
         args.parser.error(f"--resume: {args.resume_file} was begun when --recipe {args.recipe} was another; "
                           "--overwrite begins anew")

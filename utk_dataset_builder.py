@@ -1,7 +1,7 @@
 """UTKFace chips -> a labelled set of aligned faces in leak-free, stratified splits.
 
     python utk_dataset_builder.py --src data/UTKFace --dst data/utk_races
-    python utk_dataset_builder.py --src UTKFace.tar.gz --split_csv utk_seed_split.csv --overwrite
+    python utk_dataset_builder.py --src UTKFace.tar.gz --split_csv utk_seed_split.csv --dst data/utk_published
 
 Reads the folder of UTKFace "aligned & cropped" chips, or the archive as downloaded (.tar, .tar.gz, .tgz, .zip), whose
 file names are age_gender_race_date. Writes below --dst

@@ -15,7 +15,8 @@ says of which class a person is: one whose pictures are all mistaken alike passe
 measured is the least that it can be.
 
     python infer.py --ckpt checkpoints/stage1.pt --input_dir people --output_dir out/people
-    python benchmarks/consensus_noise.py --ckpt checkpoints/stage1.pt --people out/people/predictions.csv
+    python benchmarks/consensus_noise.py --data data/utk_published --ckpt checkpoints/stage1.pt \\
+        --people out/people/predictions.csv
 
 Reads   --data, a set with train and val folders; --ckpt; --people.
 Writes  <out_dir>/consensus_noise.csv, a row for each rule, and consensus_noise.png.
@@ -39,7 +40,7 @@ from models import cli  # noqa: E402
 from models.checkpoint import Checkpoint  # noqa: E402
 from models.faceset import align_set  # noqa: E402
 from models.mtcnn import MTCNN  # noqa: E402
-from models.pipeline import read_predictions  # noqa: E402
+from models.pipeline import label_name, read_predictions  # noqa: E402
 from models.ranks import moved_in  # noqa: E402
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -71,7 +72,7 @@ def parse_args(argv: list[str] | None = None):
 # ------------------------------------------------------------------------------------------ how a person's pictures err
 def read_votes(path: str, classes: tuple[str, ...]) -> np.ndarray:
     """Votes (P, C) int64 of the people of a predictions.csv: the labels of the largest faces, by first folder."""
-    names = {"_".join(name.split()): i for i, name in enumerate(classes)}
+    names = {label_name(name): i for i, name in enumerate(classes)}
     votes = defaultdict(lambda: np.zeros(len(classes), np.int64))
     for row in read_predictions(path):
         person, slash, _ = row["file"].partition("/")

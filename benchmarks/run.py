@@ -446,7 +446,7 @@ def bench_classify(bench: Bench) -> Result:
     some = torch.cat([b.images for b in load_photos(paths, DECODE_BATCH, 0)])
     views = crop_views(some, spec.window, spec.input_size, spec.template).to(bench.device)
     ready = views.split(network_batch(bench.device))
-    workers = infer.decode_workers(len(paths), cli.worker_count(), bench.device)
+    workers = infer.decode_workers(None, len(paths), bench.device)
     ours, alone, decoded, other = figures = take_turns("aligned crops", {
         "ours, files to predictions.csv": (lambda _: label_folder(bench, folder, labeller, None), paths),
         "network alone, ready tensors": (lambda _: label_ready(ready, labeller), paths),

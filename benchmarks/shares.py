@@ -12,8 +12,8 @@ are drawn from with replacement.
 Reads   --ckpt, and <name>_probs.npz files that evaluate.py --save_probs wrote.
 Writes  <out_dir>/shares_benchmark.csv, a row per source, size, method and class, and shares_benchmark.png.
 
-    python evaluate.py --split test --save_probs
-    python evaluate.py --data FairFace_val --name fairface_val --save_probs \\
+    python evaluate.py --data data/utk_published --save_probs
+    python evaluate.py --data data/FairFace_val --name fairface_val --save_probs \\
         --class_map East_Asian=Asian,Southeast_Asian=Asian
     python benchmarks/shares.py --test visualizations/test_probs.npz --other visualizations/fairface_val_probs.npz
 """

@@ -38,6 +38,7 @@ from models.images import InputError, PhotoIndex, index_photos  # noqa: E402
 from models.mtcnn import MTCNN  # noqa: E402
 from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path  # noqa: E402
 from models.pipeline import (  # noqa: E402
+    UNCERTAIN,
     Labeller,
     Row,
     Settings,
@@ -45,12 +46,12 @@ from models.pipeline import (  # noqa: E402
     count_chunks,
     count_files,
     decode_workers,
+    label_name,
     network_batch,
     quoted,
 )
 from models.ranks import (  # noqa: E402
     leave_distributed,
-    local_share,
     moved_in,
     my_part,
     start_distributed,
@@ -64,7 +65,6 @@ BLOCK = 1 << 24                         # bytes of a table parsed at once: what 
 MOST_CLASSES, UNDECIDED, NO_FACE, NOT_ASKED = 60, 61, 62, 63
 PERSON_BITS, KEY_BITS, SAID_BITS = 28, 30, 6    # of the 64 into which a picture's vote is packed
 BINS = np.append(np.arange(20) / 20 - 1e-9, 1.0)    # of shares: 0.8 lies in the bin that begins with it
-UNCERTAIN = b"uncertain"                # infer.py's answer below --min_confidence: a face that votes for nobody
 
 
 def build_parser() -> cli.Parser:
@@ -146,7 +146,7 @@ def consensus_of_folder(parser: cli.Parser, args, rank: int, world_size: int, de
         checkpoint = load_checkpoint(args.ckpt)
     except CheckpointError as error:
         parser.error(f"--ckpt {args.ckpt}: {error}")
-    classes = [b"_".join(os.fsencode(name).split()) for name in checkpoint.spec.classes]
+    classes = [os.fsencode(label_name(name)) for name in checkpoint.spec.classes]
     folder = args.output_dir / PARTS
     open_parts(parser, folder, run_flags(args), lambda folder: begin(args, folder), rank,
                resume=args.resume, overwrite=args.overwrite)
@@ -192,7 +192,7 @@ def table_columns(path: str | os.PathLike) -> list[str]:
 
 def table_classes(path: str | os.PathLike) -> list[bytes]:
     """The classes of a predictions.csv, as its column ethnicity spells them."""
-    names = [os.fsencode("_".join(name[2:].split())) for name in table_columns(path) if name.startswith("p_")]
+    names = [os.fsencode(label_name(name[2:])) for name in table_columns(path) if name.startswith("p_")]
     if not 0 < len(names) <= MOST_CLASSES:
         raise ValueError(f"it has {len(names)} columns p_<class>, wanted 1 to {MOST_CLASSES}")
     return names
@@ -269,7 +269,7 @@ def picture_rows(text: np.ndarray, fields: list[tuple[np.ndarray, np.ndarray]], 
     face_found = (text[status] == ord("o")) & (text[status + 1] == ord("k")) & (status_end - status == 2)
     said = np.full(len(label), NOT_ASKED, np.uint8)
     hashes = hash_names(text, label, label_end, 0)
-    for i, name in [*enumerate(classes), (UNDECIDED, UNCERTAIN)]:
+    for i, name in [*enumerate(classes), (UNDECIDED, UNCERTAIN.encode())]:
         said[hashes == hash_one(name, 0)] = i
     said[~face_found] = NO_FACE
     if (said == NOT_ASKED).any():
@@ -411,9 +411,8 @@ def label_sample(photos: Sample, checkpoint, folder: Path, rank: int, world_size
     """Labels this rank's share of the sample; the answers of each chunk are a part."""
     todo = missing_parts(folder, count_chunks(len(photos)), "npz")
     mine = [todo[i] for i in my_part(len(todo), rank, world_size)]
-    n_files, workers = count_files(len(photos), mine), args.num_workers
-    if workers is None:
-        workers = decode_workers(n_files, local_share(cli.worker_count()), device)
+    n_files = count_files(len(photos), mine)
+    workers = decode_workers(args.num_workers, n_files, device)
     settings = Settings(args.align, "largest", batch_size=args.batch_size or network_batch(device), workers=workers,
                         max_side=args.max_side)
     detector = None if args.align == "never" else MTCNN(min_face_size=args.min_face_size).to(device)
@@ -599,7 +598,7 @@ def write_train_list(path: Path, votes: Votes, decisions: Decisions, blocks: Ite
     All pictures of everyone who is kept, but those that were looked at and show no face.
     """
     root = os.fsencode(os.path.abspath(input_dir)) + b"/" if input_dir else b""
-    tails = [b"," + quoted(os.fsdecode(name)).encode("utf-8", "surrogateescape") + b"\n" for name in votes.classes]
+    tails = [b"," + quoted_bytes(name) + b"\n" for name in votes.classes]
     counts = np.zeros(len(tails), np.int64)
     with moved_in(path) as beside, open(beside, "wb") as file:
         file.write(b"image,class\n")

@@ -45,7 +45,6 @@ from models.pipeline import (  # noqa: E402
 )
 from models.ranks import (  # noqa: E402
     leave_distributed,
-    local_share,
     merge_parts,
     moved_in,
     my_part,
@@ -215,9 +214,7 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
     """Writes the crops of some chunks of the list; of each, when it is done, the part: what was skipped and counts."""
     size, n_batches = chunk_size(len(photos)), -(-len(photos) // DECODE_BATCH)
     per_chunk, n_files = size // DECODE_BATCH, count_files(len(photos), chunks)
-    workers = args.n_threads
-    if workers is None:
-        workers = decode_workers(n_files, local_share(cli.worker_count()), device)
+    workers = decode_workers(args.n_threads, n_files, device)
     numbers = [k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches))]
 
     def search(batch: PhotoBatch) -> tuple[PhotoBatch, Faces]:

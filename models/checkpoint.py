@@ -2,7 +2,7 @@
 
     format 1 | spec: classes, template, window, input_size, mean, std, chip_size | arch
     model (bare ResNet-18 keys, float16) | calibration: temperature, curve, bias, val_probs, val_labels (or None)
-    epoch, metrics, args, versions, for the reader
+    epoch, best (its figures), args, recipe, versions, for the reader; train_files, a digest of each set's file names
 
 Only tensors and plain Python values, so it loads with weights_only=True. Lightning checkpoints of the two PUBLISHED
 layouts are read too, uncalibrated; what they hold beside tensors and plain values is passed over, never run.
@@ -45,7 +45,7 @@ class CheckpointError(Exception):
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint. `about` holds what is there for the reader: epoch, metrics, args, versions.
+    """A loaded checkpoint. `about` holds the rest: epoch, best, args, recipe, versions, train_files.
 
     lightning: it came from a Lightning file, in which no calibration can be kept.
     """

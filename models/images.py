@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")    # odd metada
 
 
 class PhotoError(Exception):
-    """A picture that cannot be used. status: 'unreadable' or 'too_large'; the message is the reason, one line."""
+    """A picture that cannot be used. status: 'unreadable', 'too_large', or a command's own; the message says why."""
 
     def __init__(self, status: str, reason: str):
         super().__init__(" ".join(reason.split()))

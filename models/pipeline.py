@@ -17,12 +17,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces
 from models.checkpoint import Checkpoint
+from models.cli import worker_count
 from models.faceset import come_as_crops, cut_crops
 from models.images import PhotoBatch, can_share, load_photos, worth_padding
 from models.mtcnn import MTCNN, Faces
+from models.ranks import local_share
 from models.threads import Cores
 
 STATUSES = ("ok", "no_face", "unreadable", "too_large")
+UNCERTAIN = "uncertain"     # the answer where the label is too doubtful
 DECODE_BATCH = 16           # pictures decoded, and on a CPU searched for faces, together: 16 of 3 megapixels, 150 MB
 JOINED = 128                # pictures at most, and pixels with what pads them, that a GPU takes in one call
 JOINED_PIXELS = 200_000_000
@@ -120,12 +123,14 @@ def network_batch(device: torch.device) -> int:
     return 256 if device.type == "cuda" else 16
 
 
-def decode_workers(n_files: int, cores: int, device: torch.device) -> int:
-    """Default number of decoding workers: all cores before a CUDA device, none beside a CPU's networks.
+def decode_workers(asked: int | None, n_files: int, device: torch.device) -> int:
+    """Decoding workers: as many as are asked for, else all cores before a CUDA device and none beside a CPU's networks.
 
     There the threads that run the networks decode too: nothing need cross from one process to another.
     """
-    return cores if device.type == "cuda" and n_files >= FEW_FILES and can_share() else 0
+    if asked is not None:
+        return asked
+    return local_share(worker_count()) if device.type == "cuda" and n_files >= FEW_FILES and can_share() else 0
 
 
 def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings: Settings,
@@ -305,6 +310,11 @@ def columns(classes: tuple[str, ...]) -> list[str]:
     """The columns of predictions.csv for a checkpoint's classes."""
     return ["file", "face", "status", "ethnicity", "confidence", *(f"p_{name}" for name in classes), "set",
             "x1", "y1", "x2", "y2", "detector_score", "error"]
+
+
+def label_name(name: str) -> str:
+    """A class name as it stands in the results: never with a space, so that the last space of a line divides it."""
+    return "_".join(name.split())
 
 
 def csv_line(name: str, row: Row, label: str, chosen: str, n_classes: int) -> str:

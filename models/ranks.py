@@ -12,15 +12,14 @@ import torch.distributed as dist
 PATIENCE = timedelta(days=7)     # ranks may finish hours apart; one that dies is noticed by torchrun, not by a timeout
 
 
-def start_distributed(device: torch.device | None = None) -> tuple[int, int, torch.device]:
+def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
     """(rank, world_size, device) of this process, which joins torchrun's group where there is one.
 
-    device None means CUDA where there is one, else the CPU; a CUDA device becomes that of the local rank, and is shared
-    where a machine has more ranks than devices. The group talks through NCCL where each rank has a device of its own,
-    else through gloo: all machines of a run must be alike in that. Without torchrun's environment: (0, 1, device).
+    A CUDA device becomes that of the local rank, and is shared where a machine has more ranks than devices. The group
+    talks through NCCL where each rank has a device of its own, else through gloo: all machines of a run must be alike
+    in that. Without torchrun's environment: (0, 1, device).
     A device with a number becomes PyTorch's current one, for which alone CUDA's graphs can be captured.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

@@ -254,6 +254,8 @@ def test_mistakes_are_one_line_that_names_the_flag(built, trained, tmp_path, cap
     assert "--calibrate" in error_of(capsys, *data, *ckpt, "--calibrate", "--split", "test")
     assert "--name" in error_of(capsys, *data, *ckpt, "--name", "a/b")
     assert "holds no calibration" in error_of(capsys, "--shares", "absent.csv", *ckpt)
+    assert "wants --ckpt" in error_of(capsys, "--shares", "absent.csv", "--out_dir", str(tmp_path / "out"))
+    assert "would replace it" in error_of(capsys, *data, *ckpt, "--against", str(tmp_path / "out" / "test_probs.npz"))
     assert "--out_dir" in error_of(capsys, *data, "--ckpt", str(trained), "--out_dir", str(trained))
     assert not list(tmp_path.glob("out/*"))
 

@@ -213,6 +213,16 @@ def repeated_set(tmp_path):
     return root
 
 
+def test_what_cannot_be_read_and_what_shows_no_face_is_told(repeated_set, capsys):
+    faces = read_faceset(repeated_set)
+    args = SimpleNamespace(device=torch.device("cpu"), workers=0, rank=0, data=["the set"])
+    loaded = train.load_crops([faces], 40, args, "train")
+    said = capsys.readouterr().out
+    assert said.count("left out: ") == 2 and "left out: Black/broken.png: unreadable" in said
+    assert f"train the set: no face was found in {len(faces) - 2} of {len(faces)} pictures" in said
+    assert len(loaded.crops) == len(loaded.paths) == len(faces) - 2 and all(crop.any() for crop in loaded.crops)
+
+
 def test_equal_pictures_are_on_one_side(repeated_set):
     faces = read_faceset(repeated_set)
     for seed in range(6):
@@ -472,6 +482,11 @@ def test_another_flag_is_not_mixed_into_a_resumed_run(drawn_set, tmp_path, small
     with pytest.raises(SystemExit):
         run(*common, "--resume", "--lr", "0.01")
     assert "begun with another --lr (0.001, now 0.01)" in capsys.readouterr().err
+    state = torch.load(tmp_path / "b.resume.pt", weights_only=True)
+    torch.save(state | {"world_size": 2}, tmp_path / "b.resume.pt")
+    with pytest.raises(SystemExit):
+        run(*common, "--resume")
+    assert "begun by another number of processes (2, now 1)" in capsys.readouterr().err
 
 
 def test_impatience_before_the_final_size_still_gives_a_checkpoint(drawn_set, tmp_path, small_recipe):
