@@ -261,7 +261,7 @@ def random_views(crops: Tensor, window: tuple, side: int, augment: bool, generat
     """One warp holds window, shift, scale, rotation, stretch and flip, a fresh draw per picture.
 
     crops (B, 3, R, R) uint8 -> views (B, 3, side, side) float32 in 0..255. Without `augment`, flip and the shifts of a
-    random crop of 104 from 128 alone. All draws are the CPU's: the same on every device, and nothing waits for a GPU.
+    random crop of 104 from 128 alone. All draws are the CPU's: nothing waits for a GPU.
     """
     n = len(crops)
     flip = 1 - 2 * (torch.rand(n, generator=generator) < 0.5).float()

@@ -70,6 +70,7 @@ from models.images import (  # noqa: E402
 )
 from models.mtcnn import MTCNN, Faces  # noqa: E402
 from models.pipeline import DECODE_BATCH, Labeller, join_batches, network_batch, read_predictions  # noqa: E402
+from models.ranks import start_distributed  # noqa: E402
 from models.threads import Cores  # noqa: E402
 
 FACE_SIZES = (20, 40)           # smallest face, pixels
@@ -512,7 +513,7 @@ def bench_epoch(bench: Bench) -> Result:
     n = EPOCH_CROPS if whole else sizes.steps * BATCH
     recipe, args = train.RECIPES["default"], train.parse_args(["--batch_size", str(BATCH), "--device",
                                                                str(bench.device)])
-    args.rank, args.world_size = 0, 1
+    args.rank, args.world_size, args.device = start_distributed(args.device)
     paths = bench.crops(n, RESOLUTION)
     labels = torch.tensor([int(Path(path).name.split("_")[2]) for path in paths])
     faces = FaceSet(Path(), paths, labels, builder.CLASSES, finished=True)

@@ -20,9 +20,9 @@ def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
     in that. Without torchrun's environment: (0, 1, device).
     A device with a number becomes PyTorch's current one, for which alone CUDA's graphs can be captured.
     """
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         return 0, 1, device
     alone = False                                   # on a CUDA device
     if device.type == "cuda":

@@ -28,6 +28,13 @@ def test_cores_are_shared_among_local_ranks(monkeypatch):
     assert local_share(2) == 1
 
 
+def test_a_numbered_device_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert start_distributed(torch.device("cuda:3")) == (0, 1, torch.device("cuda:3"))
+    assert current == [torch.device("cuda:3")]
+
+
 @pytest.mark.parametrize(("ranks", "device", "backend"), [(2, "cuda:1", "nccl"), (8, "cuda:1", "gloo")])
 def test_ranks_share_the_devices_of_their_machine(ranks, device, backend, monkeypatch):
     for name, value in {"RANK": 11, "WORLD_SIZE": 16, "LOCAL_RANK": ranks - 1, "LOCAL_WORLD_SIZE": ranks}.items():
@@ -40,7 +47,7 @@ def test_ranks_share_the_devices_of_their_machine(ranks, device, backend, monkey
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 11)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
     chosen = torch.device(device)
-    assert start_distributed(torch.device("cuda")) == (11, 16, chosen)
+    assert start_distributed(torch.device("cuda:0")) == (11, 16, chosen)
     assert joined == [chosen, (backend, chosen if backend == "nccl" else None)]
 
 
