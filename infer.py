@@ -83,8 +83,8 @@ def build_parser() -> cli.Parser:
                        help="share of wrong answers allowed in each predicted class, judged on validation faces")
     add("--alpha", type=cli.fraction, default=0.1, metavar="A",
         help="column `set` misses the true class in this share of the faces of every class (%(default)s)")
-    add("--by", metavar="WHAT", help="shares per group too: `folder` (first level), or FILE.csv with the columns file "
-        "and one more; FILE.csv:COLUMN chooses among several")
+    add("--by", metavar="WHAT", help="shares per group too: `folder` (first level; of an absolute path in a list the "
+        "folder that holds it), or FILE.csv with the columns file and one more; FILE.csv:COLUMN chooses among several")
     add("--reference", metavar="DIR", help="class folders of labelled pictures like yours, from which shares learn how "
         "the classifier errs; the checkpoint's validation faces then count as ten of each class")
     add("--visualize", action="store_true", help="draw grids of the faces with their predicted labels")
@@ -362,6 +362,12 @@ class Tally:
     group_names: list[str]
 
 
+def folder_of(file: str) -> str:
+    """Group of a row of predictions.csv: first folder of a relative path, the whole folder of an absolute one."""
+    folder = os.path.dirname(file)
+    return folder if os.path.isabs(file) else folder.partition("/")[0] or "."
+
+
 def read_back(parser: cli.Parser, args, classes: tuple[str, ...]) -> Tally:
     """Counts, and the probabilities of all faces as one array, by one pass over predictions.csv."""
     listed = read_groups(parser, args.by) if args.by and args.by != "folder" else None
@@ -374,8 +380,7 @@ def read_back(parser: cli.Parser, args, classes: tuple[str, ...]) -> Tally:
         labels[row["ethnicity"]] += 1
         probs.extend(float(row[key]) for key in keys)
         if args.by:
-            folder, slash, _ = row["file"].partition("/")
-            group = (folder if slash else ".") if listed is None else listed.get(row["file"])
+            group = folder_of(row["file"]) if listed is None else listed.get(row["file"])
             groups.append(-1 if group is None else names.setdefault(group, len(names)))
     return Tally(statuses, labels, np.array(probs).reshape(-1, len(classes)), np.array(groups, np.int32), list(names))
 

@@ -297,6 +297,13 @@ def test_shares_of_all_and_of_groups(tmp_path, ckpt, crops, capsys):
     assert report["groups"]["all"]["n"] == 30 and report["all"]["n"] == 40
 
 
+def test_shares_of_a_list_of_absolute_paths_are_by_the_folder_that_holds_each(tmp_path, ckpt, crops):
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(crops.rglob("*.png"))))
+    run(tmp_path, ckpt, "--by", "folder", "--in_list", tmp_path / "list.txt")
+    report = json.loads((tmp_path / "out" / "shares.json").read_text())
+    assert {k: v["n"] for k, v in report["groups"].items()} == {str(crops / "part 0"): 20, str(crops / "part 1"): 20}
+
+
 def test_shares_notice_repeated_pictures_in_a_written_table(tmp_path):
     probs = torch.randn(15, 4, generator=torch.Generator().manual_seed(1)).softmax(1)
     rows = [pipeline.Row(i, 0, "ok", probs[i % 15]) for i in range(30)]
