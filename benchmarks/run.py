@@ -65,11 +65,12 @@ from models.images import (  # noqa: E402
     decode_photo,
     group_sizes,
     index_photos,
+    join_batches,
     list_images,
     load_photos,
 )
 from models.mtcnn import MTCNN, Faces  # noqa: E402
-from models.pipeline import DECODE_BATCH, Labeller, join_batches, network_batch, read_predictions  # noqa: E402
+from models.pipeline import DECODE_BATCH, Labeller, network_batch, read_predictions  # noqa: E402
 from models.ranks import start_distributed  # noqa: E402
 from models.threads import Cores  # noqa: E402
 
@@ -353,9 +354,7 @@ def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
 
     found = {}
     with Cores(device) as cores:
-        batches = cores.in_turn(collate, groups)
-        if device.type == "cuda":
-            batches = join_batches(batches, len(photos), device)
+        batches = join_batches(cores.in_turn(collate, groups), len(photos), device)
         for its in cores.in_turn(align, batches):
             found |= its
     return [found[i] for i in range(len(photos))]

@@ -30,7 +30,16 @@ from tqdm import tqdm  # noqa: E402
 
 from models import cli  # noqa: E402
 from models.align import TEMPLATE_SIZE, WHOLE, align_faces  # noqa: E402
-from models.images import InputError, PhotoBatch, PhotoError, PhotoIndex, index_photos, load_photos  # noqa: E402
+from models.images import (  # noqa: E402
+    InputError,
+    PhotoBatch,
+    PhotoError,
+    PhotoIndex,
+    first_position,
+    index_photos,
+    join_batches,
+    load_photos,
+)
 from models.mtcnn import MTCNN, Faces  # noqa: E402
 from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path  # noqa: E402
 from models.pipeline import (  # noqa: E402
@@ -39,7 +48,6 @@ from models.pipeline import (  # noqa: E402
     count_chunks,
     count_files,
     decode_workers,
-    first_position,
     quoted,
     rank_by_size,
 )
@@ -224,6 +232,7 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
     bar = tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05)
     with bar, Cores(device) as cores:
         batches = load_photos(photos, DECODE_BATCH, workers, args.max_side, batches=numbers, cores=cores)
+        batches = join_batches(batches, size, device)
         # A checkout's networks run in its folder, which is the whole process's: one batch at a time.
         searched = map(search, batches) if args.mtcnn_pytorch_path else cores.in_turn(search, batches)
         for chunk, its in itertools.groupby(searched, lambda pair: first_position(pair[0]) // size):
@@ -236,50 +245,60 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
 
 def write_batch(photos: Photos, batch: PhotoBatch, faces: Faces, args, counts: Counter) -> list[tuple[int, str, str]]:
     """Writes the crops of a batch and counts them; (position, status, reason) of photographs that gave none."""
-    order, _ = rank_by_size(faces)
-    image_index, skipped = faces.image_index.cpu()[order], list(batch.failures)
-    for i, position in enumerate(batch.positions):
-        rows = order[image_index == i]
-        reason = write_crops(photos, position, len(rows), render_crops(batch, faces, rows, args.out_res), counts,
-                             args.overwrite)
-        if reason or not len(rows):
-            skipped.append((position, "unwritable" if reason else "no_face", reason))
+    order, number = rank_by_size(faces)
+    order, number = order.flip(0), number.flip(0)               # of each photograph the largest face, number 0, last
+    image_index = faces.image_index.cpu()[order]
+    crops = zip(image_index.tolist(), number.tolist(), render_crops(batch, faces, order, args.out_res), strict=True)
+    reasons = {i: write_crops(photos, batch.positions[i], its)
+               for i, its in itertools.groupby(crops, lambda crop: crop[0])}
+    n_faces = torch.bincount(image_index, minlength=len(batch.positions)).tolist()
+    skipped = list(batch.failures)
+    for i, (position, n) in enumerate(zip(batch.positions, n_faces, strict=True)):
+        if reasons.get(i):
+            skipped.append((position, "unwritable", reasons[i]))
+            continue
+        if not n:
+            skipped.append((position, "no_face", ""))
+        counts["crops"] += n
+        if args.overwrite:
+            remove_older(photos, position, n)
     return skipped
 
 
-def render_crops(batch: PhotoBatch, faces: Faces, rows: torch.Tensor, side: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(number, crop (3, side, side) uint8) of one photograph's faces, rows (n,) by size; the largest, number 0, last.
+def render_crops(batch: PhotoBatch, faces: Faces, order: torch.Tensor, side: int) -> Iterator[torch.Tensor]:
+    """Crops (3, side, side) uint8 of faces, in an order (n,) of theirs; VIEW_BYTES of them are rendered at a time."""
+    for some in order.split(max(1, VIEW_BYTES // (3 * side ** 2))):
+        where = some.to(batch.images.device)
+        yield from align_faces(batch.images, batch.sizes, faces.image_index[where], faces.landmarks[where], WHOLE,
+                               side).cpu()
 
-    VIEW_BYTES of them are rendered at a time.
+
+def write_crops(photos: Photos, position: int, crops: Iterable[tuple[int, int, torch.Tensor]]) -> str:
+    """Writes the crops (photograph, number, pixels) of a photograph, the first one last: where it lies, all do.
+
+    Returns why they could not be written, or ''.
     """
-    device = batch.images.device
-    for numbers in torch.arange(len(rows)).flip(0).split(max(1, VIEW_BYTES // (3 * side ** 2))):
-        where = rows[numbers].to(device)
-        views = align_faces(batch.images, batch.sizes, faces.image_index[where], faces.landmarks[where], WHOLE, side)
-        yield from zip(numbers.tolist(), views.cpu(), strict=True)
-
-
-def write_crops(photos: Photos, position: int, n: int, crops: Iterable[tuple[int, torch.Tensor]], counts: Counter,
-                overwrite: bool) -> str:
-    """Writes the n crops of a photograph, the first one last: where it lies, all do. Why it could not be, or ''."""
     try:
-        for face, crop in crops:
+        for _, face, crop in crops:
             path = photos.target(position, face)
             path.parent.mkdir(parents=True, exist_ok=True)
             with moved_in(path) as beside:
                 Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy()).save(beside, "JPEG", quality=95,
                                                                                  subsampling=0)
     except OSError as error:
-        if error.errno not in UNWRITABLE:                   # a full disk is the end of the run
+        if error.errno not in UNWRITABLE:                       # a full disk is the end of the run
             raise
         return f"its crop cannot be written: {error.strerror}"
-    counts["crops"] += n
-    for face in itertools.count(n) if overwrite else ():    # of an earlier run that found more faces
+    return ""
+
+
+def remove_older(photos: Photos, position: int, n: int) -> None:
+    """Removes what an earlier run, which found more faces, wrote beyond the n crops of a photograph."""
+    for face in itertools.count(n):
         old = photos.target(position, face)
         if not old.exists():
             break
         old.unlink()
-    return ""
 
 
 # ------------------------------------------------------------------------------------------------------ parts to result

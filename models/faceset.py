@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
-from models.images import PhotoBatch, can_share, load_photos, walk_images
+from models.images import PhotoBatch, can_share, join_batches, load_photos, walk_images
 from models.mtcnn import MTCNN, Faces
 from models.threads import Cores
 
@@ -189,7 +189,7 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
     missed, landmarks = [], []
     bar = tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05)
     with bar, Cores(device) as cores:
-        batches = load_photos(paths, batch_size, workers, MAX_SIDE, cores=cores)
+        batches = join_batches(load_photos(paths, batch_size, workers, MAX_SIDE, cores=cores), len(paths), device)
         for searched in cores.in_turn(
                 lambda batch: align_batch(batch, finished, detector, window, side, template, chips), batches):
             bar.update(len(searched.missed) + sum(len(a.positions) + len(a.failures) for a in searched.aligned))

@@ -5,6 +5,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import struct
 import tarfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +26,8 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff
 HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")     # bytes 4 to 12 of such a file
 SHARED_MEMORY = 1 << 30             # bytes free in /dev/shm below which workers could not hand over their pictures
 GROUP_PIXELS = 4_000_000            # a padded batch up to this size is never divided
+JOINED = {"cpu": 0, "cuda": 128}    # pictures at most that are joined for one call; 0: batches as they come
+JOINED_PIXELS = 200_000_000         # of joined pictures, with what pads them
 
 warnings.filterwarnings("ignore", module=r"(PIL|pillow_heif)\.")    # odd metadata of pictures that decode all the same
 
@@ -372,6 +376,51 @@ def decode_batch(positions: list[int], sources: list, max_side: int | None) -> l
                                   torch.tensor([scales[i] for i in group], dtype=torch.float32),
                                   failures if not batches else []))
     return batches
+
+
+def join_batches(batches: Iterable[PhotoBatch], size: int, device: torch.device) -> Iterator[PhotoBatch]:
+    """Batches of a list in chunks of `size` as a device takes them: for a GPU few large ones, each within a chunk.
+
+    Pictures of very different sizes stay apart, as group_sizes has it.
+    """
+    if not JOINED[device.type]:
+        yield from batches
+        return
+    for _, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
+        few = []
+        for batch in its:
+            if few and not go_together(few + [batch], device):
+                yield join(few, device)
+                few = []
+            few.append(batch)
+        yield join(few, device)
+
+
+def go_together(batches: list[PhotoBatch], device: torch.device) -> bool:
+    """Whether a device takes these batches in one call: not too much for it, and not more padding than pictures."""
+    n, canvas = sum(len(batch.positions) for batch in batches), math.prod(padded_size(batches))
+    filled = sum(int(batch.sizes.prod(1).sum()) for batch in batches)
+    return n <= JOINED[device.type] and n * canvas <= JOINED_PIXELS and worth_padding(n * canvas, filled)
+
+
+def padded_size(batches: list[PhotoBatch]) -> tuple[int, int]:
+    """The height and width that hold every picture."""
+    return tuple(max(batch.images.shape[d] for batch in batches) for d in (2, 3))
+
+
+def join(batches: list[PhotoBatch], device: torch.device) -> PhotoBatch:
+    """Batches as one, on a device; their pictures in the order of the batches."""
+    height, width = padded_size(batches)
+    images = torch.cat([F.pad(part.to(device), (0, width - part.shape[3], 0, height - part.shape[2]))
+                        for part in (batch.images for batch in batches)])
+    positions = [position for batch in batches for position in batch.positions]
+    sizes, scales = (torch.cat(some) for some in zip(*((batch.sizes, batch.scales) for batch in batches), strict=True))
+    return PhotoBatch(positions, images, sizes, scales, [failure for batch in batches for failure in batch.failures])
+
+
+def first_position(batch: PhotoBatch) -> int:
+    """Position of some picture of a batch; none is empty."""
+    return batch.positions[0] if batch.positions else batch.failures[0][0]
 
 
 class PhotoBatches(Dataset):

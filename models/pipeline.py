@@ -5,13 +5,11 @@ place in the list alone, and so do, to the last bit, its numbers.
 """
 import csv
 import itertools
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -19,7 +17,7 @@ from models.align import TEMPLATE_SIZE, WHOLE, align_faces
 from models.checkpoint import Checkpoint
 from models.cli import worker_count
 from models.faceset import come_as_crops, cut_crops
-from models.images import PhotoBatch, can_share, load_photos, worth_padding
+from models.images import PhotoBatch, can_share, first_position, join_batches, load_photos
 from models.mtcnn import MTCNN, Faces
 from models.ranks import local_share
 from models.threads import Cores
@@ -27,8 +25,6 @@ from models.threads import Cores
 STATUSES = ("ok", "no_face", "unreadable", "too_large")
 UNCERTAIN = "uncertain"     # the answer where the label is too doubtful
 DECODE_BATCH = 16           # pictures decoded, and on a CPU searched for faces, together: 16 of 3 megapixels, 150 MB
-JOINED = 128                # pictures at most, and pixels with what pads them, that a GPU takes in one call
-JOINED_PIXELS = 200_000_000
 LARGEST_CHUNK = 2048        # files: what an interrupted run does again, at most
 FEW_FILES = 64              # for so many, starting decoding workers takes longer than they save
 
@@ -147,56 +143,13 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
     with Cores(labeller.device, lone_caller=True) as cores:
         batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers, cores=cores)
-        if labeller.device.type == "cuda":
-            batches = join_batches(batches, size, labeller.device)
+        batches = join_batches(batches, size, labeller.device)
         found = cores.in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches)
         labelled = cores.in_turn(lambda some: label_faces(some, labeller, settings),
                                  full_batches(found, settings.batch_size))
         for chunk, its in itertools.groupby(labelled, lambda some: some.chunk):
             yield chunk, sorted((row for some in its for row in some.faces + some.without),
                                 key=lambda row: (row.position, row.face))
-
-
-def join_batches(batches: Iterable[PhotoBatch], size: int, device: torch.device) -> Iterator[PhotoBatch]:
-    """Batches of a list in chunks of `size` as few large ones, on a GPU; none goes over the end of a chunk.
-
-    Pictures of very different sizes stay apart, as group_sizes has it.
-    """
-    for _, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
-        few = []
-        for batch in its:
-            if few and not go_together(few + [batch]):
-                yield join(few, device)
-                few = []
-            few.append(batch)
-        yield join(few, device)
-
-
-def go_together(batches: list[PhotoBatch]) -> bool:
-    """Whether a GPU takes these batches in one call: not too much for it, and not more padding than pictures."""
-    n, canvas = sum(len(batch.positions) for batch in batches), math.prod(padded_size(batches))
-    filled = sum(int(batch.sizes.prod(1).sum()) for batch in batches)
-    return n <= JOINED and n * canvas <= JOINED_PIXELS and worth_padding(n * canvas, filled)
-
-
-def padded_size(batches: list[PhotoBatch]) -> tuple[int, int]:
-    """The height and width that hold every picture."""
-    return tuple(max(batch.images.shape[d] for batch in batches) for d in (2, 3))
-
-
-def join(batches: list[PhotoBatch], device: torch.device) -> PhotoBatch:
-    """Batches as one, on a device; their pictures in the order of the batches."""
-    height, width = padded_size(batches)
-    images = torch.cat([F.pad(part.to(device), (0, width - part.shape[3], 0, height - part.shape[2]))
-                        for part in (batch.images for batch in batches)])
-    positions = [position for batch in batches for position in batch.positions]
-    sizes, scales = (torch.cat(some) for some in zip(*((batch.sizes, batch.scales) for batch in batches), strict=True))
-    return PhotoBatch(positions, images, sizes, scales, [failure for batch in batches for failure in batch.failures])
-
-
-def first_position(batch: PhotoBatch) -> int:
-    """Position of some picture of a batch; none is empty."""
-    return batch.positions[0] if batch.positions else batch.failures[0][0]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from PIL import Image
 
 from facesets.mtcnn_crop_align import main
 from models.align import TEMPLATE
-from models.images import decode_photo
+from models.images import JOINED, decode_photo
 from models.mtcnn import MTCNN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,3 +212,22 @@ def test_two_ranks_write_what_one_writes(photos, tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == 0, done.stderr[-2000:]
     assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_batches_joined_as_for_a_gpu_give_the_same_crops(photos, tmp_path, monkeypatch):
+    for i in range(20):
+        shutil.copy(photos / ("a.JPG" if i % 9 == 0 else "cut.jpg"), photos / f"more{i:02}.jpg")
+    align(photos, tmp_path / "apart", "--min_face_size", "60")
+    for module in ("models.pipeline", "facesets.mtcnn_crop_align"):
+        monkeypatch.setattr(f"{module}.chunk_size", lambda _: 32)
+    monkeypatch.setitem(JOINED, "cpu", 128)
+    searched = []
+    detect = MTCNN.detect
+    monkeypatch.setattr(MTCNN, "detect", lambda self, images, sizes: searched.append(len(images))
+                        or detect(self, images, sizes))
+    align(photos, tmp_path / "joined", "--min_face_size", "60")
+    assert searched == [6] and files(tmp_path / "joined").keys() == files(tmp_path / "apart").keys()
+    assert rows(tmp_path / "joined") == rows(tmp_path / "apart") and len(rows(tmp_path / "joined")) == 21
+    for path in (tmp_path / "joined").rglob("*.jpg"):
+        apart = decode_photo(tmp_path / "apart" / path.relative_to(tmp_path / "joined"))[0]
+        assert (decode_photo(path)[0].float() - apart.float()).abs().mean() < 0.1

@@ -9,6 +9,7 @@ from PIL import Image
 
 from models.align import WHOLE
 from models.faceset import FaceSetError, align_set, central_face, faceset_digest, read_faceset
+from models.images import JOINED
 from models.mtcnn import MTCNN, Faces
 
 CLASSES = ("White", "Black", "Asian", "Indian")
@@ -166,6 +167,22 @@ def test_pictures_without_a_face_come_last_and_none_is_lost(tmp_path, detector):
     assert all(len(batch.views) == len(batch.positions) for batch in batches)
     kept = next(batch.views for batch in batches if batch.aligned_by == "crop")
     assert (kept[0, :, 5, 5] == torch.tensor([10, 20, 30])).all()
+
+
+def test_batches_joined_as_for_a_gpu_give_the_same_views(tmp_path, detector, monkeypatch):
+    for i in range(7):
+        put(tmp_path / f"{i}.png", (100 + i, 90) if i % 3 else (112, 112), (20 * i, 60, 90))
+    (tmp_path / "3.png").write_bytes(b"")
+    paths = [str(tmp_path / f"{i}.png") for i in range(7)]
+    apart = list(align_set(paths, False, detector, WHOLE, 112, batch_size=2))
+    monkeypatch.setitem(JOINED, "cpu", 128)
+    joined = list(align_set(paths, False, detector, WHOLE, 112, batch_size=2))
+    assert sum(batch.aligned_by == "crop" for batch in joined) == 1
+    views, others = ({position: view for batch in batches for position, view in
+                      zip(batch.positions, batch.views, strict=True)} for batches in (joined, apart))
+    assert views.keys() == others.keys() == {0, 1, 2, 4, 5, 6}
+    assert all(torch.equal(views[i], others[i]) for i in views)
+    assert [failure[0] for batch in joined for failure in batch.failures] == [3]
 
 
 def test_an_empty_list_gives_no_views(detector):

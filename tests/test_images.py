@@ -16,12 +16,14 @@ from PIL import Image
 from models import images
 from models.images import (
     InputError,
+    PhotoBatch,
     PhotoError,
     PhotoIndex,
     collate_photos,
     decode_photo,
     group_sizes,
     index_photos,
+    join_batches,
     list_images,
     load_photos,
     sort_names,
@@ -299,3 +301,27 @@ def test_index_works_in_workers(tmp_path):
     index.name(0)                                               # its handles are open when the workers fork
     assert sum(len(batch.positions) for batch in load_photos(PhotoIndex(tmp_path), 2, 2)) == 6
     assert sum(len(batch.positions) for batch in load_photos(index, 2, 2)) == 6
+
+
+@pytest.mark.parametrize(("most", "pixels", "calls"), [(64, 10**9, 2), (3, 10**9, 5), (64, 2500, 4)])
+def test_joined_batches_hold_the_same_pictures(most, pixels, calls, monkeypatch):
+    """What a GPU is given, on a CPU here: by chunks of 8, as many pictures as one call takes."""
+    monkeypatch.setitem(images.JOINED, "cpu", most)
+    monkeypatch.setattr(images, "JOINED_PIXELS", pixels)
+    generator = torch.Generator().manual_seed(0)
+    photos = [torch.randint(1, 256, (3, 10 + i, 40 - 2 * i), generator=generator, dtype=torch.uint8) for i in range(13)]
+    batches = [PhotoBatch([i, i + 1], *collate_photos(photos[i:i + 2]), torch.tensor([1.0, i]), [])
+               for i in (0, 2, 4, 8, 10)]
+    failures = [(6, "unreadable", "x"), (7, "too_large", "")]
+    batches.insert(3, PhotoBatch([], *collate_photos([]), torch.zeros(0), failures))
+    batches.append(PhotoBatch([12], *collate_photos(photos[12:]), torch.ones(1), []))
+    joined = [pickle.loads(pickle.dumps(batch)) for batch in join_batches(batches, 8, torch.device("cpu"))]
+    assert [i for batch in joined for i in batch.positions] == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12]
+    assert [failure[0] for batch in joined for failure in batch.failures] == [6, 7]
+    assert len(joined) == calls
+    for batch in joined:
+        assert len({i // 8 for i in batch.positions}) <= 1 and len(batch.positions) <= most
+        for image, size, scale, i in zip(batch.images, batch.sizes.tolist(), batch.scales.tolist(), batch.positions,
+                                         strict=True):
+            assert torch.equal(image[:, :size[0], :size[1]], photos[i]) and scale == (1 if i % 2 == 0 else i - 1)
+            assert not image[:, size[0]:].any() and not image[:, :, size[1]:].any()

@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tarfile
@@ -22,7 +21,6 @@ from models.align import TEMPLATE
 from models.calibration import Calibration
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.classifier import FaceClassifier, FaceSpec
-from models.images import PhotoBatch, collate_photos
 from models.pipeline import (
     Found,
     Labeller,
@@ -32,7 +30,6 @@ from models.pipeline import (
     count_files,
     fold_batch_norm,
     full_batches,
-    join_batches,
     quoted,
     read_predictions,
 )
@@ -410,30 +407,6 @@ def test_full_batches_keep_rows_and_order_within_a_chunk(parts):
         assert [row.position for batch in batches for row in batch.faces] == list(range(sum(parts)))
         assert all(len(batch.faces) == len(batch.views) == 4 for batch in batches[:-1])
         assert sum(len(batch.without) for batch in batches) == len(parts)
-
-
-@pytest.mark.parametrize(("most", "pixels", "calls"), [(64, 10**9, 2), (3, 10**9, 5), (64, 2500, 4)])
-def test_joined_batches_hold_the_same_pictures(most, pixels, calls, monkeypatch):
-    """What a GPU is given, on a CPU here: by chunks of 8, as many pictures as one call takes."""
-    monkeypatch.setattr(pipeline, "JOINED", most)
-    monkeypatch.setattr(pipeline, "JOINED_PIXELS", pixels)
-    generator = torch.Generator().manual_seed(0)
-    photos = [torch.randint(1, 256, (3, 10 + i, 40 - 2 * i), generator=generator, dtype=torch.uint8) for i in range(13)]
-    batches = [PhotoBatch([i, i + 1], *collate_photos(photos[i:i + 2]), torch.tensor([1.0, i]), [])
-               for i in (0, 2, 4, 8, 10)]
-    failures = [(6, "unreadable", "x"), (7, "too_large", "")]
-    batches.insert(3, PhotoBatch([], *collate_photos([]), torch.zeros(0), failures))
-    batches.append(PhotoBatch([12], *collate_photos(photos[12:]), torch.ones(1), []))
-    joined = [pickle.loads(pickle.dumps(batch)) for batch in join_batches(batches, 8, torch.device("cpu"))]
-    assert [i for batch in joined for i in batch.positions] == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12]
-    assert [failure[0] for batch in joined for failure in batch.failures] == [6, 7]
-    assert len(joined) == calls
-    for batch in joined:
-        assert len({i // 8 for i in batch.positions}) <= 1 and len(batch.positions) <= most
-        for image, size, scale, i in zip(batch.images, batch.sizes.tolist(), batch.scales.tolist(), batch.positions,
-                                         strict=True):
-            assert torch.equal(image[:, :size[0], :size[1]], photos[i]) and scale == (1 if i % 2 == 0 else i - 1)
-            assert not image[:, size[0]:].any() and not image[:, :, size[1]:].any()
 
 
 def test_chunks_are_whole_batches():
