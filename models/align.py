@@ -171,5 +171,5 @@ def template_pixels(to_template: Tensor, scale: float) -> Tensor:
 
 
 def to_bytes(views: Tensor) -> Tensor:
-    """Float pictures in 0..255 -> uint8, rounded."""
-    return views.round_().clamp_(0, 255).to(torch.uint8)
+    """Float pictures in 0..255 -> uint8, rounded; by way of int16, for a CPU casts floats to bytes one by one."""
+    return views.round_().clamp_(0, 255).to(torch.int16).to(torch.uint8)
