@@ -10,7 +10,9 @@ import torch
 
 MOST_THREADS = 8         # each holds decoded batches and the networks' working memory
 MOST_WAITING = 2         # results that may wait for a slow one before them
-M_ARENA_MAX = -8         # of glibc's malloc.h
+# Options of glibc's mallopt (malloc.h) and what they are set to. Else each thread keeps freed memory that no other may
+# use, and what all have freed goes back to the system with almost every layer, to be asked for again a page at a time.
+MALLOC = {"M_ARENA_MAX": (-8, 1), "M_TRIM_THRESHOLD": (-1, 256 << 20), "M_MMAP_THRESHOLD": (-3, 32 << 20)}
 SWITCH = 0.0005          # seconds after which a thread that runs Python makes room for one that waits to start a layer
 
 
@@ -31,8 +33,7 @@ class Cores:
 
     def __enter__(self) -> "Cores":
         if self.threads > 1:
-            if platform.libc_ver()[0] == "glibc":
-                ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)   # else each thread keeps freed memory that no other may use
+            keep_memory()
             self.interval = sys.getswitchinterval()
             sys.setswitchinterval(SWITCH)
             if self.lone_caller:
@@ -65,6 +66,13 @@ class Cores:
                     wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
         while waiting:
             yield waiting.popleft().result()
+
+
+def keep_memory() -> None:
+    """From now on this process reuses what it has freed; where the C library is another than glibc, nothing happens."""
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in MALLOC.values():
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def unfinished(futures: Iterable[Future]) -> int:
