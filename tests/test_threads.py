@@ -115,7 +115,7 @@ def test_steps_that_follow_one_another_share_the_threads():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_layer():
-    """Counted in page faults, four kilobytes each that were asked for anew."""
+    """Counted in page faults, four kilobytes each that were asked for anew: else mostly 290,000 to 440,000."""
     code = ("import resource, torch\n"
             "from models.threads import keep_memory\n"
             "keep_memory()\n"
@@ -128,6 +128,5 @@ def test_freed_memory_is_kept_for_the_next_layer():
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for _ in range(50): layers()\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n")
-    kept, lost = (int(subprocess.run([sys.executable, "-c", some], cwd=ROOT, capture_output=True, text=True,
-                                     check=True).stdout) for some in (code, code.replace("keep_memory()\n", "")))
-    assert 10 * kept < lost
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 30_000
