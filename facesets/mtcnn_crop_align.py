@@ -64,7 +64,7 @@ from models.threads import Cores  # noqa: E402
 PARTS = "align_parts"                                   # folder of an unfinished run, in the output folder
 SKIPPED = "skipped.csv"
 THRESHOLDS, NMS_THRESHOLDS = [0.6, 0.7, 0.8], [0.7, 0.7, 0.7]       # of the reference, for --mtcnn_pytorch_path
-VIEW_BYTES = 1 << 28                                    # crops of a crowd are rendered so many bytes at a time
+VIEW_BYTES = 1 << 27                                    # crops of a batch are rendered so many bytes at a time
 UNWRITABLE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ)     # the name's fault
 
 
@@ -296,7 +296,7 @@ def remove_older(photos: Photos, position: int, n: int) -> None:
     """Removes what an earlier run, which found more faces, wrote beyond the n crops of a photograph."""
     for face in itertools.count(n):
         old = photos.target(position, face)
-        if not old.exists():
+        if not os.path.exists(old):         # false of a name that is too long, too
             break
         old.unlink()
 

@@ -129,7 +129,7 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
         for row, columns, its_rows in zip(rows, *axes, strict=True):
             i, (left, top), (right, bottom) = where[row]
             part = images[i, None, :, top:bottom, left:right].float()
-            views[row] = to_bytes(sample_mean(part, columns, its_rows))[0]
+            views[row] = whole_numbers(sample_mean(part, columns, its_rows))[0]
     return views
 
 
@@ -154,7 +154,8 @@ def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLA
     window is one of `template`, a checkpoint's own, to which the similarity between the two templates leads.
     """
     to_crop = template_pixels(between_templates(template, shown), crops.shape[-1] / TEMPLATE_SIZE)
-    return to_bytes(sample_views(crops.float(), to_crop, window, side, *count_samples(to_crop, window, side)))
+    views = sample_views(crops.float(), to_crop, window, side, *count_samples(to_crop, window, side))
+    return whole_numbers(views).to(torch.uint8)
 
 
 @functools.lru_cache
@@ -170,6 +171,6 @@ def template_pixels(to_template: Tensor, scale: float) -> Tensor:
     return moved
 
 
-def to_bytes(views: Tensor) -> Tensor:
-    """Float pictures in 0..255 -> uint8, rounded; by way of int16, for a CPU casts floats to bytes one by one."""
-    return views.round_().clamp_(0, 255).to(torch.int16).to(torch.uint8)
+def whole_numbers(views: Tensor) -> Tensor:
+    """Float pictures rounded to 0..255, int16: a CPU makes bytes of these nine times as fast as of floats."""
+    return views.round_().clamp_(0, 255).to(torch.int16)

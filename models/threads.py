@@ -69,7 +69,10 @@ class Cores:
 
 
 def keep_memory() -> None:
-    """From now on this process reuses what it has freed; where the C library is another than glibc, nothing happens."""
+    """From now on blocks up to 32 MiB that this process frees are there for its next ones, 256 MiB of them at most.
+
+    Where the C library is another than glibc, nothing happens.
+    """
     if platform.libc_ver()[0] == "glibc":
         for option, value in MALLOC.values():
             ctypes.CDLL(None).mallopt(option, value)

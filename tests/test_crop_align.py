@@ -15,6 +15,7 @@ from facesets.mtcnn_crop_align import main
 from models.align import TEMPLATE
 from models.images import JOINED, decode_photo
 from models.mtcnn import MTCNN
+from models.ranks import moved_in
 
 ROOT = Path(__file__).resolve().parent.parent
 ASTRONAUT = ROOT / "facesets" / "samples" / "astronaut.jpg"
@@ -122,6 +123,16 @@ def test_finished_crops_are_kept_or_replaced_as_asked(photos, tmp_path, capsys):
     assert files(out) == before
 
 
+def test_a_crop_that_cannot_be_written_is_a_row(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "a.JPG_0.jpg" / "in the way").mkdir(parents=True)
+    align(photos, out, "--min_face_size", "60", "--overwrite")
+    row, = (row for row in rows(out) if row[0] == "a.JPG")
+    assert row[1] == "unwritable" and "cannot be written" in row[2]
+    assert 'Zoë, "two"\nlines/half size.png_0.jpg' in files(out)
+    assert "1 crops of 1 photographs" in capsys.readouterr().out
+
+
 def test_a_dead_run_is_resumed_without_its_finished_parts(photos, tmp_path, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     for i in range(20):                                     # more than one chunk of 16
@@ -169,18 +180,26 @@ def test_a_checkout_of_mtcnn_pytorch_takes_the_place_of_the_networks(tmp_path, m
     picture.paste("red", (0, 0, 40, 40))
     for name, size in (("two", (64, 48)), ("none", (64, 64)), ("small", (8, 9))):
         picture.resize(size).save(photos / f"{name}.png")
+    picture.paste("blue", (0, 0, 40, 40))
+    picture.save(photos / "more.png")
     monkeypatch.chdir(tmp_path)
+    written = []
+    monkeypatch.setattr("facesets.mtcnn_crop_align.moved_in", lambda path: written.append(path.name) or moved_in(path))
     main(["--in_dir", "photos", "--out_dir", "out", "--mtcnn_pytorch_path", "checkout", "--n_threads", "0"])
     out = tmp_path / "out"
-    assert sorted(files(out)) == ["skipped.csv", "two.png_0.jpg", "two.png_1.jpg"]       # coinciding points: no face
+    crops = [f"{name}.png_{face}.jpg" for name in ("two", "more") for face in (1, 0)]   # coinciding points: no face
+    assert files(out).keys() == {"skipped.csv", *crops}
+    assert [name for name in written if name.endswith(".jpg")] == crops                 # of each photograph 0 last
     assert [row[:2] for row in rows(out)[1:]] == [["none.png", "no_face"], ["small.png", "no_face"]]
-    red = [decode_photo(out / f"two.png_{face}.jpg")[0][0].float().mean() for face in (0, 1)]
-    assert red[0] > 200 > 60 > red[1]                                                   # the larger face came first
+    for name, channel in (("two", 0), ("more", 2)):
+        colour = [decode_photo(out / f"{name}.png_{face}.jpg")[0].float().mean((1, 2)) for face in (0, 1)]
+        assert colour[0].argmax() == channel
+        assert colour[0][channel] > 200 > 60 > colour[1][channel]                       # the larger face came first
     assert str(checkout) not in sys.path
     for path in photos.iterdir():
         path.write_text("no picture")
     main(["--in_dir", "photos", "--out_dir", "bad", "--mtcnn_pytorch_path", "checkout", "--n_threads", "0"])
-    assert [row[1] for row in rows(tmp_path / "bad")[1:]] == ["unreadable"] * 3
+    assert [row[1] for row in rows(tmp_path / "bad")[1:]] == ["unreadable"] * 4
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(["--in_dir", "photos", "--out_dir", "other", "--mtcnn_pytorch_path", "photos"])
