@@ -29,23 +29,24 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from models import cli
-from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
-from models.calibration import Calibration, class_thresholds, fit_calibration, set_thresholds
-from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from models.classifier import FaceClassifier
-from models.faceset import (
+from models.data.decoding import decode_photo
+from models.data.faceset import (
     GENDERS,
     FaceSet,
     FaceSetError,
-    align_set,
     faceset_digest,
-    read_about,
     read_faceset,
+    read_faceset_json,
     read_manifest,
 )
-from models.images import decode_photo
-from models.metrics import (
+from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
+from models.faces.calibration import Calibration, class_thresholds, fit_calibration, set_thresholds
+from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN
+from models.faces.predictions import read_predictions
+from models.reports.metrics import (
     calibration_error,
     class_figures,
     confusion_matrix,
@@ -56,10 +57,9 @@ from models.metrics import (
     risk_coverage,
     wilson_interval,
 )
-from models.mtcnn import MTCNN
-from models.pipeline import read_predictions
-from models.ranks import moved_in
-from models.shares import draw_shares, estimate_shares, format_shares
+from models.reports.shares import draw_shares, estimate_shares, format_shares
+from models.running import cli
+from models.running.files import atomic_write
 
 CKPT = "checkpoints/resnet18_utk.pt"            # in the project, wherever the command is run
 AGE_BANDS = (0, 10, 20, 30, 40, 60)             # lower ends, years
@@ -166,7 +166,7 @@ def has_splits(args) -> bool:
 def is_another_split(checkpoint: Checkpoint, args) -> bool:
     """Whether --data is a builder's set whose training pictures are not those the checkpoint was trained on."""
     trained_on = checkpoint.about.get("train_files")
-    if trained_on is None or not read_about(Path(args.data)) or not (Path(args.data) / "train").is_dir():
+    if trained_on is None or not read_faceset_json(Path(args.data)) or not (Path(args.data) / "train").is_dir():
         return False
     try:
         train = read_faceset(args.data, "train", args.class_map,
@@ -343,7 +343,7 @@ def subgroup_figures(answers: Answers, answered: Tensor | None, manifest: dict,
 # ---------------------------------------------------------------------------------------------------------- drawing
 def save_figure(figure: Figure, path: Path) -> None:
     """The figure as a file, whole or not at all."""
-    with moved_in(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, dpi=150)
 
 
@@ -586,13 +586,13 @@ def print_confidence(figures: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    with moved_in(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_subgroups(table: list[dict], path: Path) -> None:
     """subgroup_figures as a CSV; an interval is two columns, <what>_low and <what>_high."""
-    with moved_in(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         for number, row in enumerate(table):
             cells = {}
@@ -646,7 +646,7 @@ def write_summary(folder: Path) -> None:
                      "high": f"{100 * high:.2f}", "without twin": "" if twinless is None else f"{100 * twinless:.2f}",
                      "worst class": worst, "its recall": f"{100 * recall[worst]:.1f}",
                      "recall gap": f"{100 * (max(recall.values()) - recall[worst]):.1f}"})
-    with moved_in(folder / "summary.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(folder / "summary.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -678,7 +678,7 @@ def report_shares(parser: cli.Parser, args, checkpoint: Checkpoint, folder: Path
         parser.error(f"--shares {args.shares}: {error}")
     print(format_shares(report, classes))
     write_text(folder / "shares.json", json.dumps({"classes": classes, "all": report}, indent=1) + "\n")
-    with moved_in(folder / "shares.png") as beside:
+    with atomic_write(folder / "shares.png") as beside:
         draw_shares({"all": report}, classes, beside)
 
 
@@ -717,7 +717,7 @@ def main(argv: list[str] | None = None) -> None:
     write_report(figures, folder, args.name)
     write_summary(folder)
     if args.save_probs:
-        with moved_in(folder / f"{args.name}_probs.npz") as beside:
+        with atomic_write(folder / f"{args.name}_probs.npz") as beside:
             np.savez_compressed(beside, files=np.array(answers.files), labels=answers.labels.numpy(),
                                 logits=answers.logits.numpy(), probs=answers.probs.numpy())
 

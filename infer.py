@@ -26,39 +26,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models import cli
-from models.align import TEMPLATE_SIZE
-from models.calibration import class_thresholds, set_thresholds
-from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from models.faceset import FaceSet, FaceSetError, read_faceset
-from models.images import InputError, PhotoIndex, index_photos
-from models.mtcnn import MTCNN
-from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
-from models.pipeline import (
-    STATUSES,
-    UNCERTAIN,
-    Labeller,
+from models.data.faceset import FaceSet, FaceSetError, read_faceset
+from models.data.index import PhotoIndex, index_photos
+from models.data.listing import InputError
+from models.faces.align import TEMPLATE_SIZE
+from models.faces.calibration import class_thresholds, set_thresholds
+from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import (
+    Predictor,
     Row,
     Settings,
     classify_files,
-    columns,
     count_chunks,
     count_files,
-    csv_line,
     decode_workers,
-    label_name,
     network_batch,
-    read_predictions,
 )
-from models.ranks import (
-    leave_distributed,
-    merge_parts,
-    moved_in,
-    my_part,
-    start_distributed,
-    wait_for_all,
-)
-from models.shares import draw_shares, estimate_shares, format_shares
+from models.faces.predictions import STATUSES, UNCERTAIN, columns, format_row, label_name, read_predictions
+from models.reports.shares import draw_shares, estimate_shares, format_shares
+from models.running import cli
+from models.running.files import atomic_write, merge_parts
+from models.running.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
+from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
 
 CKPT = "checkpoints/resnet18_general.pt"     # in the project, wherever the command is run
 PARTS = "infer_parts"               # folder of an unfinished run, in the output folder
@@ -102,29 +92,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    rank, world_size, device = start_distributed(args.device)
+    rank, world_size, device = init_distributed(args.device)
     checkpoint = read_checkpoint(parser, args)
     reference = read_reference(parser, args, checkpoint)
     run = open_run(parser, args, rank)
     settings = choose_settings(args, run, device)
-    labeller, detector = load_networks(checkpoint, settings, args.min_face_size, device)
-    started, todo = time.perf_counter(), [run.todo[i] for i in my_part(len(run.todo), rank, world_size)]
-    label_part(run, todo, labeller, detector, settings, args, show=rank == 0)
+    predictor, detector = load_networks(checkpoint, settings, args.min_face_size, device)
+    started, todo = time.perf_counter(), [run.todo[i] for i in rank_slice(len(run.todo), rank, world_size)]
+    label_part(run, todo, predictor, detector, settings, args, show=rank == 0)
     run.photos.close()
-    wait_for_all()
+    barrier()
     seconds = time.perf_counter() - started
     if args.visualize:
         draw_grids(run, args, checkpoint.spec.classes, rank, world_size)
-        wait_for_all()
+        barrier()
     if rank == 0:
         merge_run(run, args, checkpoint.spec.classes)
         tally = read_back(parser, args, checkpoint.spec.classes)
         print_summary(tally, count_files(len(run.photos), run.todo), seconds, checkpoint.spec.classes)
-        own = label_reference(reference, labeller, detector, settings) if reference else None
+        own = label_reference(reference, predictor, detector, settings) if reference else None
         report_shares(tally, checkpoint, own, args)
         shutil.rmtree(run.folder)
-    wait_for_all()
-    leave_distributed()
+    barrier()
+    shutdown_distributed()
 
 
 # ------------------------------------------------------------------------------------------------- before anything runs
@@ -233,20 +223,20 @@ def choose_settings(args, run: Run, device: torch.device) -> Settings:
 
 
 def load_networks(checkpoint: Checkpoint, settings: Settings, min_face_size: float,
-                  device: torch.device) -> tuple[Labeller, MTCNN | None]:
+                  device: torch.device) -> tuple[Predictor, MTCNN | None]:
     """Classifier and, unless all pictures are finished crops, detector."""
     detector = None if settings.align == "never" else MTCNN(min_face_size=min_face_size).to(device)
-    return Labeller(checkpoint, device), detector
+    return Predictor(checkpoint, device), detector
 
 
 # ------------------------------------------------------------------------------------------------------ files to parts
-def label_part(run: Run, todo: list[int], labeller: Labeller, detector: MTCNN | None, settings: Settings, args,
+def label_part(run: Run, todo: list[int], predictor: Predictor, detector: MTCNN | None, settings: Settings, args,
                show: bool) -> None:
     """Writes the parts of some chunks, each when it is done."""
-    least, least_inside = answer_thresholds(labeller.checkpoint, args)
-    names = [label_name(name) for name in labeller.spec.classes]
+    least, least_inside = answer_thresholds(predictor.checkpoint, args)
+    names = [label_name(name) for name in predictor.spec.classes]
     with tqdm(total=count_files(len(run.photos), todo), unit=" pictures", disable=not show, smoothing=0.05) as bar:
-        for chunk, rows in classify_files(run.photos, labeller, detector, settings, todo) if todo else ():
+        for chunk, rows in classify_files(run.photos, predictor, detector, settings, todo) if todo else ():
             labels, sets = decide(rows, names, least, least_inside)
             write_part(run, chunk, rows, labels, sets, len(names), many=args.faces == "all")
             bar.update(count_files(len(run.photos), [chunk]))
@@ -283,11 +273,11 @@ def write_part(run: Run, chunk: int, rows: list[Row], labels: list[str], sets: l
     names = [run.photos.name(row.position) for row in rows]
     lines = [text_line(f"{name}_{row.face}" if many else name, label)
              for name, row, label in zip(names, rows, labels, strict=True) if row.status == "ok"]
-    table = [csv_line(*cells, n_classes) for cells in zip(names, rows, labels, sets, strict=True)]
+    table = [format_row(*cells, n_classes) for cells in zip(names, rows, labels, sets, strict=True)]
     crops = [row.crop.numpy().tobytes() for row in rows if row.crop is not None]
     for kind, content in (("crops", b"".join(crops)), ("txt", encoded(lines)), ("csv", encoded(table))):
         if content or kind == "csv":
-            with moved_in(part_path(run.folder, chunk, kind)) as beside:
+            with atomic_write(part_path(run.folder, chunk, kind)) as beside:
                 beside.write_bytes(content)
 
 
@@ -339,7 +329,7 @@ def draw_grid(faces: list[tuple[np.ndarray, str, float]], args, path: Path) -> N
     for panel, (crop, label, confidence) in zip(panels, faces, strict=False):
         panel.imshow(crop)
         panel.set_title(f"{label} {confidence:.0%}", parse_math=False)
-    with moved_in(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, format="jpg")
 
 
@@ -394,13 +384,13 @@ def print_summary(tally: Tally, n_files: int, seconds: float, classes: tuple[str
     print("predicted labels: " + ", ".join(f"{name} {tally.labels[name]:,}" for name in answers))
 
 
-def label_reference(reference: FaceSet, labeller: Labeller, detector: MTCNN | None,
+def label_reference(reference: FaceSet, predictor: Predictor, detector: MTCNN | None,
                     settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (r, C) and labels (r,) of the faces found in the pictures of --reference."""
     settings = replace(settings, align="never" if reference.finished else settings.align, faces="largest", crops=False)
-    rows = [row for _, rows in classify_files(reference.paths(), labeller, detector, settings)
+    rows = [row for _, rows in classify_files(reference.paths(), predictor, detector, settings)
             for row in rows if row.status == "ok"]
-    probs = np.stack([row.probs.numpy() for row in rows]) if rows else np.zeros((0, len(labeller.spec.classes)))
+    probs = np.stack([row.probs.numpy() for row in rows]) if rows else np.zeros((0, len(predictor.spec.classes)))
     return probs, reference.labels.numpy()[[row.position for row in rows]]
 
 
@@ -429,9 +419,9 @@ def report_shares(tally: Tally, checkpoint: Checkpoint, own: tuple[np.ndarray, n
     if small := len(tally.group_names) - len(groups):
         print(f"{small} groups with fewer than {FEWEST_FACES} faces have no estimate of their own")
     written = {"classes": classes, "all": everyone} | ({"groups": groups} if args.by else {})
-    with moved_in(args.output_dir / "shares.json") as beside:
+    with atomic_write(args.output_dir / "shares.json") as beside:
         beside.write_text(json.dumps(written, indent=1))
-    with moved_in(args.output_dir / "shares.png") as beside:
+    with atomic_write(args.output_dir / "shares.png") as beside:
         draw_shares(reports, classes, beside)
 
 

@@ -28,17 +28,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from models import cli
-from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_views, template_pixels
-from models.calibration import fit_calibration
-from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.faceset import GENDERS, FaceSet, FaceSetError, align_set, faceset_digest, read_manifest
-from models.metrics import confusion_matrix
-from models.mtcnn import MTCNN
-from models.pipeline import Labeller, network_batch
-from models.ranks import from_first, leave_distributed, local_share, moved_in, start_distributed
-from models.splits import read_sets
+from models.data.faceset import GENDERS, FaceSet, FaceSetError, faceset_digest, read_manifest
+from models.data.splits import read_training_sets
+from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_views, template_pixels
+from models.faces.calibration import fit_calibration
+from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import Predictor, network_batch
+from models.reports.metrics import confusion_matrix
+from models.running import cli
+from models.running.files import atomic_write
+from models.running.ranks import broadcast_from_rank0, init_distributed, per_local_rank, shutdown_distributed
 
 MIN_FACE_SIZE = 40      # pixels, in pictures that are no finished crops: their face is large, as the builder's is
 VAL_CROP = 224          # resolution at which validation crops are kept: the builder's own
@@ -216,7 +218,7 @@ def teach(teacher: Checkpoint, crops: Tensor, args) -> Tensor:
     if teacher.calibration:
         unbiased = replace(teacher.calibration, bias=(0.0,) * len(teacher.spec.classes))
         teacher = replace(teacher, calibration=unbiased)
-    labeller, spec = Labeller(teacher, args.device), teacher.spec
+    predictor, spec = Predictor(teacher, args.device), teacher.spec
     inset = 0.04 * (spec.window[2] - spec.window[0])
     tight = tuple(edge + inset * sign for edge, sign in zip(spec.window, (1, 1, -1, -1), strict=True))
     probs = torch.empty(len(crops), len(spec.classes))
@@ -224,7 +226,7 @@ def teach(teacher: Checkpoint, crops: Tensor, args) -> Tensor:
     for rows in tqdm(batches, desc="teacher", disable=args.rank != 0, unit="batch"):
         some = crops[rows].to(args.device)
         views = [crop_views(some, window, spec.input_size, spec.template) for window in (spec.window, tight)]
-        probs[rows] = sum(labeller.probs(view, flip=True) for view in views) / 2
+        probs[rows] = sum(predictor.probs(view, flip=True) for view in views) / 2
     return probs
 
 
@@ -432,7 +434,7 @@ def start_training(spec: FaceSpec, recipe: Recipe, args) -> Training:
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay},
                                    {"params": plain, "weight_decay": 0.0}], lr=args.lr, fused=True)
     return Training(model, copy.deepcopy(model).eval(), optimizer,
-                    from_first(fastest_format(model, recipe, args.device)))
+                    broadcast_from_rank0(fastest_format(model, recipe, args.device)))
 
 
 def initialise(model: FaceClassifier, init: str) -> None:
@@ -744,7 +746,7 @@ def draw_losses(log: Path, path: Path) -> None:
             left.annotate(f"{row['input_size']} px", (row["epoch"] - 0.4, left.get_ylim()[1]), va="top", fontsize=8)
     lines = left.get_lines()[:2] + right.get_lines()
     figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=3)
-    with moved_in(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, dpi=120, format="png")
 
 
@@ -825,13 +827,13 @@ def warn_of_seen(teachers: list[Checkpoint | dict], args) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Reads the sets, trains, calibrates, draws."""
     args = parse_args(argv)
-    args.rank, args.world_size, args.device = start_distributed(args.device)
+    args.rank, args.world_size, args.device = init_distributed(args.device)
     if args.rank == 0:
         check_outputs(args)
     recipe = RECIPES[args.recipe]
     side = recipe.sizes[-1][1]
     try:
-        train_sets, val_sets = read_sets(args)
+        train_sets, val_sets = read_training_sets(args)
         spec = FaceSpec(train_sets[0].classes, TEMPLATE, recipe.window, side)
         training = start_training(spec, recipe, args)
     except FaceSetError as error:
@@ -869,13 +871,13 @@ def main(argv: list[str] | None = None) -> None:
         args.resume_file.unlink()
         print(f"{args.out}: epoch {training.best['epoch']}, validation accuracy "
               f"{100 * training.best['val_accuracy']:.2f} %, {time.monotonic() - begun:.1f} s")
-    leave_distributed()
+    shutdown_distributed()
 
 
 def fits(crops: Tensor, device: torch.device) -> bool:
     """Whether the crops, and a smaller copy, take at most two thirds of this rank's share of a device's free memory."""
     free = torch.cuda.mem_get_info(device)[0]
-    return crops.numel() < min(free, local_share(free * torch.cuda.device_count())) / 3
+    return crops.numel() < min(free, per_local_rank(free * torch.cuda.device_count())) / 3
 
 
 if __name__ == "__main__":

@@ -38,13 +38,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces
-from models.cli import Parser, fraction, natural_int, output_folder, positive_int, worker_count
-from models.duplicates import MAX_SIDE, Fingerprints, group_same
-from models.faceset import SPLITS, central_face
-from models.images import IMAGE_TYPES, PhotoError, collate_photos, decode_photo, walk_images
-from models.mtcnn import MTCNN
-from models.ranks import moved_in
+from models.data.batches import collate_photos
+from models.data.decoding import IMAGE_TYPES, PhotoError, decode_photo
+from models.data.duplicates import FINGERPRINT_MAX_SIDE, Fingerprints, group_near_duplicates
+from models.data.faceset import SPLITS
+from models.data.listing import walk_images
+from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces
+from models.faces.labelled import most_central_face
+from models.faces.mtcnn import MTCNN
+from models.running.cli import Parser, fraction, natural_int, output_folder, positive_int, worker_count
+from models.running.files import atomic_write
 
 SRC = "data/UTKFace"
 DST = "data/utk_races"
@@ -291,7 +294,7 @@ class ChipBatches(Dataset):
         for position in self.positions[batch * BATCH_SIZE:(batch + 1) * BATCH_SIZE]:
             try:
                 data = (self.source / self.chips[position].file).read_bytes()
-                photos[position], _ = decode_photo(data, MAX_SIDE)
+                photos[position], _ = decode_photo(data, FINGERPRINT_MAX_SIDE)
             except (PhotoError, OSError) as error:
                 done.failures[position] = str(error)
                 continue
@@ -321,7 +324,7 @@ class ChipBatches(Dataset):
         if self.landmarks is not None:
             return torch.arange(len(sizes)), (self.landmarks * sizes.flip(1)[:, None]).float()
         faces = self.detector.detect(images, sizes)
-        rows = central_face(faces, sizes)
+        rows = most_central_face(faces, sizes)
         index = (rows >= 0).nonzero()[:, 0]
         return index, faces.landmarks[rows[index]]
 
@@ -370,8 +373,8 @@ def run_batches(batches: ChipBatches, workers: int, title: str) -> Iterator[Done
 
 
 def group_chips(chips: list[Chip], prints: Fingerprints) -> list[list[int]]:
-    """Groups of near-identical chips, as group_same gives them; numbers those of two and more in chip.group, from 1."""
-    groups = group_same(prints)
+    """Groups of near-identical chips, as group_near_duplicates gives them; numbers those of two and more in chip.group, from 1."""
+    groups = group_near_duplicates(prints)
     for number, group in enumerate((group for group in groups if len(group) > 1), 1):
         for i in group:
             chips[i].group = number
@@ -490,7 +493,7 @@ def plot_distributions(counts: dict[str, dict[str, int]], folder: Path) -> None:
         axes.set(title=f"{split}: {sum(by_class.values()):,} pictures", ylabel="pictures")
         axes.margins(y=0.18)
         axes.spines[["top", "right"]].set_visible(False)
-        with moved_in(folder / f"{split}_dist.png") as beside:
+        with atomic_write(folder / f"{split}_dist.png") as beside:
             figure.savefig(beside, dpi=120)
 
 

@@ -22,11 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.models import resnet18
 
-from models.align import TEMPLATE, WHOLE, align_faces, crop_views
-from models.checkpoint import Checkpoint
-from models.faceset import central_face
-from models.images import PhotoError, decode_photo
-from models.mtcnn import WEIGHTS, Faces, build_onet, build_pnet, build_rnet, logit, resize
+from models.data.decoding import PhotoError, decode_photo
+from models.faces.align import TEMPLATE, WHOLE, align_faces, crop_views
+from models.faces.checkpoint import Checkpoint
+from models.faces.image_pyramid import resize
+from models.faces.labelled import most_central_face
+from models.faces.mtcnn import WEIGHTS, Faces, logit
+from models.faces.mtcnn_networks import build_onet, build_pnet, build_rnet
 
 THRESHOLDS = (0.6, 0.7, 0.8)        # least scores of P-, R- and O-Net
 PROCESSES = 2                       # of the plain builder, with a thread each
@@ -77,14 +79,14 @@ class PlainMTCNN:
             scale *= 0.707
         cells = np.concatenate(found) if found else np.zeros((0, 9))
         cells = cells[suppress(cells[:, :4], cells[:, 4], 0.7)]
-        return squared(shift(cells[:, :4], cells[:, 5:]))
+        return square_boxes(shift(cells[:, :4], cells[:, 5:]))
 
     def refine(self, pixels: Tensor, boxes: np.ndarray) -> np.ndarray:
         """The candidates that R-Net believes, moved and made square again."""
         answers = self.ask(self.rnet, pixels, boxes, 24)
         keep = np.nonzero(answers[:, 0] > logit(THRESHOLDS[1]))[0]
         keep = keep[suppress(boxes[keep], answers[keep, 0], 0.7)]
-        return squared(shift(boxes[keep], answers[keep, 1:5]))
+        return square_boxes(shift(boxes[keep], answers[keep, 1:5]))
 
     def decide(self, pixels: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Boxes (n, 4), logits (n,) and landmarks (n, 5, 2) of the candidates that O-Net believes, best first."""
@@ -135,7 +137,7 @@ def shift(boxes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return boxes + offsets * np.concatenate([side, side], 1)
 
 
-def squared(boxes: np.ndarray) -> np.ndarray:
+def square_boxes(boxes: np.ndarray) -> np.ndarray:
     """The squares about boxes (n, 4), same centres, on whole pixels."""
     side = boxes[:, 2:] - boxes[:, :2] + 1
     longest = side.max(1, keepdims=True)
@@ -291,7 +293,7 @@ def build_part(chips: list[str], folder: Path, min_face_size: float, side: int, 
     for chip in chips:
         photo, _ = decode_photo(chip)
         faces = detector.detect(photo)
-        row = central_face(faces, torch.tensor([photo.shape[1:]]))
+        row = most_central_face(faces, torch.tensor([photo.shape[1:]]))
         if row >= 0:
             face = Faces(faces.boxes[row], faces.scores[row], faces.landmarks[row], torch.zeros(1, dtype=torch.int64))
             crop = align_one(photo, face, WHOLE, side)[0].permute(1, 2, 0).numpy()

@@ -29,19 +29,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from evaluate import open_checkpoint, open_faceset  # noqa: E402
-from facesets.consensus import Votes, decide  # noqa: E402
-from models import cli  # noqa: E402
-from models.checkpoint import Checkpoint  # noqa: E402
-from models.faceset import align_set  # noqa: E402
-from models.mtcnn import MTCNN  # noqa: E402
-from models.pipeline import label_name, read_predictions  # noqa: E402
-from models.ranks import moved_in  # noqa: E402
+from evaluate import open_checkpoint, open_faceset
+from facesets.consensus import Votes, decide
+from models.faces.checkpoint import Checkpoint
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN
+from models.faces.predictions import label_name, read_predictions
+from models.running import cli
+from models.running.files import atomic_write
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PER_PERSON = (3, 5, 10, 20)
@@ -234,7 +234,7 @@ def judge_rule(train: tuple[np.ndarray, ...], val: tuple[np.ndarray, ...], peopl
 # -------------------------------------------------------------------------------------------------------- the results
 def write_table(rows: list[dict], path: Path) -> None:
     """The rows as CSV, shares with four digits."""
-    with moved_in(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -268,7 +268,7 @@ def draw_figure(rows: list[dict], bounds: dict[str, float], path: Path) -> None:
     panels[0, 0].set_ylim(bottom=0)
     for row in panels:
         row[0].legend(fontsize=8)
-    with moved_in(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, dpi=120, format="png")
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from facesets.consensus import KEY_BITS, hash_one  # noqa: E402
-from models import cli  # noqa: E402
-from models.pipeline import columns  # noqa: E402
+from facesets.consensus import KEY_BITS, hash_one
+from models.faces.predictions import columns
+from models.running import cli
 
 CLASSES = ("African", "Asian", "Caucasian", "Indian")
 PER_PERSON = 42.5 / 2.06                    # pictures

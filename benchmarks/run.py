@@ -42,37 +42,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import PIL  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import torchvision  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor
 
-import infer  # noqa: E402
-import train  # noqa: E402
-import utk_dataset_builder as builder  # noqa: E402
-from benchmarks import baseline  # noqa: E402
-from models import cli  # noqa: E402
-from models.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces, crop_views  # noqa: E402
-from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint  # noqa: E402
-from models.classifier import FaceSpec  # noqa: E402
-from models.faceset import FaceSet, align_set  # noqa: E402
-from models.images import (  # noqa: E402
-    PhotoBatch,
-    collate_photos,
-    decode_photo,
-    group_sizes,
-    index_photos,
-    join_batches,
-    list_images,
-    load_photos,
-)
-from models.mtcnn import MTCNN, Faces  # noqa: E402
-from models.pipeline import DECODE_BATCH, Labeller, network_batch, read_predictions  # noqa: E402
-from models.ranks import start_distributed  # noqa: E402
-from models.threads import Cores  # noqa: E402
+import infer
+import train
+import utk_dataset_builder as builder
+from benchmarks import baseline
+from models.data.batches import PhotoBatch, collate_photos, group_sizes, join_batches, load_photos
+from models.data.decoding import decode_photo
+from models.data.faceset import FaceSet
+from models.data.index import index_photos
+from models.data.listing import list_images
+from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces, crop_views
+from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from models.faces.classifier import FaceSpec
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN, Faces
+from models.faces.pipeline import DECODE_BATCH, Predictor, network_batch
+from models.faces.predictions import read_predictions
+from models.running import cli
+from models.running.ranks import init_distributed
+from models.running.threads import OrderedThreadPool
 
 FACE_SIZES = (20, 40)           # smallest face, pixels
 BATCH = 64                      # of training
@@ -353,9 +349,9 @@ def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
         return {i: faces.take(faces.image_index == k) for k, i in enumerate(batch.positions)}
 
     found = {}
-    with Cores(device) as cores:
-        batches = join_batches(cores.in_turn(collate, groups), len(photos), device)
-        for its in cores.in_turn(align, batches):
+    with OrderedThreadPool(device) as pool:
+        batches = join_batches(pool.ordered_map(collate, groups), len(photos), device)
+        for its in pool.ordered_map(align, batches):
             found |= its
     return [found[i] for i in range(len(photos))]
 
@@ -422,7 +418,7 @@ def memory_line(path: Path, name: str) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------- files to predictions
-def label_folder(bench: Bench, folder: str, labeller: Labeller, detector: MTCNN | None, *flags: str) -> Path:
+def label_folder(bench: Bench, folder: str, predictor: Predictor, detector: MTCNN | None, *flags: str) -> Path:
     """Does what infer.py does between its start and its summary, networks loaded: a folder -> predictions.csv."""
     parser, out = infer.build_parser(), bench.folder / "out"
     args = parser.parse_args(["--input_dir", str(folder), "--output_dir", str(out), "--ckpt", bench.ckpt,
@@ -430,7 +426,7 @@ def label_folder(bench: Bench, folder: str, labeller: Labeller, detector: MTCNN 
     infer.check_flags(parser, args)
     run = infer.open_run(parser, args, 0)
     settings = infer.choose_settings(args, run, bench.device)
-    infer.label_part(run, run.todo, labeller, detector, settings, args, show=False)
+    infer.label_part(run, run.todo, predictor, detector, settings, args, show=False)
     infer.merge_run(run, args, bench.checkpoint.spec.classes)
     run.photos.close()
     shutil.rmtree(run.folder)
@@ -442,14 +438,14 @@ def bench_classify(bench: Bench) -> Result:
     result, sizes, spec = Result(), bench.sizes, bench.checkpoint.spec
     paths = bench.crops(sizes.crops, TEMPLATE_SIZE)
     folder, plain_out = str(Path(paths[0]).parent), bench.folder / "plain_crops.csv"
-    labeller, plain = Labeller(bench.checkpoint, bench.device), baseline.PlainClassifier(bench.checkpoint, bench.device)
+    predictor, plain = Predictor(bench.checkpoint, bench.device), baseline.PlainClassifier(bench.checkpoint, bench.device)
     some = torch.cat([b.images for b in load_photos(paths, DECODE_BATCH, 0)])
     views = crop_views(some, spec.window, spec.input_size, spec.template).to(bench.device)
     ready = views.split(network_batch(bench.device))
     workers = infer.decode_workers(None, len(paths), bench.device)
     ours, alone, decoded, other = figures = take_turns("aligned crops", {
-        "ours, files to predictions.csv": (lambda _: label_folder(bench, folder, labeller, None), paths),
-        "network alone, ready tensors": (lambda _: label_ready(ready, labeller), paths),
+        "ours, files to predictions.csv": (lambda _: label_folder(bench, folder, predictor, None), paths),
+        "network alone, ready tensors": (lambda _: label_ready(ready, predictor), paths),
         "decoding alone": (lambda _: decode_all(paths, workers, bench.device), paths),
         "one file after another": (lambda items: baseline.label_crops(list(map(Path, items)), plain_out, plain),
                                    paths[::len(paths) // sizes.plain_crops][:sizes.plain_crops])},
@@ -463,17 +459,17 @@ def bench_classify(bench: Bench) -> Result:
     return result
 
 
-def label_ready(ready: tuple[Tensor, ...], labeller: Labeller) -> None:
+def label_ready(ready: tuple[Tensor, ...], predictor: Predictor) -> None:
     """Runs the network over ready views as infer.py does, nothing else."""
-    with Cores(labeller.device) as cores:
-        for _ in cores.in_turn(labeller.probs, ready):
+    with OrderedThreadPool(predictor.device) as pool:
+        for _ in pool.ordered_map(predictor.probs, ready):
             pass
 
 
 def decode_all(paths: list[str], workers: int, device: torch.device) -> None:
     """Decodes files as infer.py does, nothing kept."""
-    with Cores(device) as cores:
-        for _ in load_photos(paths, DECODE_BATCH, workers, cores=cores):
+    with OrderedThreadPool(device) as pool:
+        for _ in load_photos(paths, DECODE_BATCH, workers, pool=pool):
             pass
 
 
@@ -484,11 +480,11 @@ def bench_photos(bench: Bench) -> Result:
     """
     result, sizes, paths = Result(), bench.sizes, bench.photos()
     folder, plain_out = str(Path(paths[0]).parent), bench.folder / "plain_photos.csv"
-    labeller, detector = Labeller(bench.checkpoint, bench.device), MTCNN(min_face_size=20).to(bench.device)
+    predictor, detector = Predictor(bench.checkpoint, bench.device), MTCNN(min_face_size=20).to(bench.device)
     plain_net = baseline.PlainClassifier(bench.checkpoint, bench.device)
     plain_mtcnn = baseline.PlainMTCNN(20, bench.device)
     ours, other = result.figures = take_turns("photographs, end to end", {
-        "ours, files to predictions.csv": (lambda _: label_folder(bench, folder, labeller, detector), paths),
+        "ours, files to predictions.csv": (lambda _: label_folder(bench, folder, predictor, detector), paths),
         "one photograph after another": (
             lambda items: baseline.label_photos(list(map(Path, items)), plain_out, plain_mtcnn, plain_net), paths)},
         sizes.runs, bench.device, warm=8)
@@ -496,7 +492,7 @@ def bench_photos(bench: Bench) -> Result:
     agreed = result.agreement
     agreed["photographs"] = same_labels(bench.folder / "out" / "predictions.csv", plain_out)
     chips = bench.chips(sizes.agreed)
-    table = label_folder(bench, str(Path(chips[0]).parent), labeller, detector, "--align", "always")
+    table = label_folder(bench, str(Path(chips[0]).parent), predictor, detector, "--align", "always")
     baseline.label_photos(list(map(Path, chips)), plain_out, plain_mtcnn, plain_net)
     agreed["chips"] = same_labels(table, plain_out)
     result.bars += agreement_bars("photographs and chips", both_agreements(agreed["photographs"], agreed["chips"]))
@@ -512,7 +508,7 @@ def bench_epoch(bench: Bench) -> Result:
     n = EPOCH_CROPS if whole else sizes.steps * BATCH
     recipe, args = train.RECIPES["default"], train.parse_args(["--batch_size", str(BATCH), "--device",
                                                                str(bench.device)])
-    args.rank, args.world_size, args.device = start_distributed(args.device)
+    args.rank, args.world_size, args.device = init_distributed(args.device)
     paths = bench.crops(n, RESOLUTION)
     labels = torch.tensor([int(Path(path).name.split("_")[2]) for path in paths])
     faces = FaceSet(Path(), paths, labels, builder.CLASSES, finished=True)

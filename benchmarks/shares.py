@@ -29,12 +29,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")             # one process per core, each with small matrices
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from models import cli  # noqa: E402
-from models.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
-from models.shares import DEFAULT, METHODS, estimate_shares  # noqa: E402
+from models.faces.checkpoint import CheckpointError, load_checkpoint
+from models.reports.shares import DEFAULT_METHOD, METHODS, estimate_shares
+from models.running import cli
 
 COLUMNS = ("source", "n", "method", "class", "collections", "mae", "coverage", "coverage_of_source_interval", "width",
            "warned")
@@ -175,7 +175,7 @@ def draw_figure(rows: list[dict], classes, path: Path) -> None:
             axes[0, column].plot([row["n"] for row in some], [row["mae"] for row in some], "o-", label=method,
                                  color=COLOURS[method])
         for name in classes:
-            some = [row for row in mine if row["method"] == DEFAULT and row["class"] == name]
+            some = [row for row in mine if row["method"] == DEFAULT_METHOD and row["class"] == name]
             axes[1, column].plot([row["n"] for row in some], [row["coverage"] for row in some], "o-", label=name)
         axes[1, column].axhspan(93, 97, color="0.9", zorder=0)
         axes[0, column].set(title=source, xscale="log")
@@ -185,7 +185,7 @@ def draw_figure(rows: list[dict], classes, path: Path) -> None:
         axes[1, column].set(xlabel="faces in the collection", ylim=(0, 101))
     axes[0, 0].set_ylim(bottom=0)                       # shared by the row, so set when all is drawn
     axes[0, 0].set_ylabel("mean absolute error, points")
-    axes[1, 0].set_ylabel(f"95 % interval, {DEFAULT}:\ncoverage, %")
+    axes[1, 0].set_ylabel(f"95 % interval, {DEFAULT_METHOD}:\ncoverage, %")
     axes[0, 0].legend(fontsize=8)
     axes[1, 0].legend(fontsize=8)
     figure.savefig(path, dpi=120)

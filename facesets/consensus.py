@@ -29,34 +29,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from models import cli  # noqa: E402
-from models.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
-from models.images import InputError, PhotoIndex, index_photos  # noqa: E402
-from models.mtcnn import MTCNN  # noqa: E402
-from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path  # noqa: E402
-from models.pipeline import (  # noqa: E402
-    UNCERTAIN,
-    Labeller,
+from models.data.index import PhotoIndex, index_photos
+from models.data.listing import InputError
+from models.faces.checkpoint import CheckpointError, load_checkpoint
+from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import (
+    Predictor,
     Row,
     Settings,
     classify_files,
     count_chunks,
     count_files,
     decode_workers,
-    label_name,
     network_batch,
-    quoted,
 )
-from models.ranks import (  # noqa: E402
-    leave_distributed,
-    moved_in,
-    my_part,
-    start_distributed,
-    wait_for_all,
-)
+from models.faces.predictions import UNCERTAIN, label_name, quote_cell
+from models.running import cli
+from models.running.files import atomic_write
+from models.running.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
+from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
 
 PARTS = "consensus_parts"               # folder of an unfinished run, in the output folder
 RESULTS = ("estimated_ethnicities", "people.csv", "train_list.csv", "yield.json", "votes.png")
@@ -92,14 +86,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    rank, world_size, device = start_distributed(args.device)
+    rank, world_size, device = init_distributed(args.device)
     if args.predictions:
         if rank == 0:
             consensus_of_table(parser, args)
     else:
         consensus_of_folder(parser, args, rank, world_size, device)
-    wait_for_all()
-    leave_distributed()
+    barrier()
+    shutdown_distributed()
 
 
 def check_flags(parser: cli.Parser, args) -> None:
@@ -155,7 +149,7 @@ def consensus_of_folder(parser: cli.Parser, args, rank: int, world_size: int, de
     photos = Sample(index, sample)
     label_sample(photos, checkpoint, folder, rank, world_size, device, args)
     index.close()
-    wait_for_all()
+    barrier()
     if rank == 0:
         said, digests = read_parts(folder, len(sample))
         votes = count_votes(lambda: index_rows(index, sample, said), classes, args, empty_folders(args.input_dir))
@@ -410,16 +404,16 @@ def run_flags(args) -> dict:
 def label_sample(photos: Sample, checkpoint, folder: Path, rank: int, world_size: int, device, args) -> None:
     """Labels this rank's share of the sample; the answers of each chunk are a part."""
     todo = missing_parts(folder, count_chunks(len(photos)), "npz")
-    mine = [todo[i] for i in my_part(len(todo), rank, world_size)]
+    mine = [todo[i] for i in rank_slice(len(todo), rank, world_size)]
     n_files = count_files(len(photos), mine)
     workers = decode_workers(args.num_workers, n_files, device)
     settings = Settings(args.align, "largest", batch_size=args.batch_size or network_batch(device), workers=workers,
                         max_side=args.max_side)
     detector = None if args.align == "never" else MTCNN(min_face_size=args.min_face_size).to(device)
-    labeller = Labeller(checkpoint, device)
+    predictor = Predictor(checkpoint, device)
     with tqdm(total=n_files, unit=" pictures", disable=rank != 0, smoothing=0.05) as bar:
-        for chunk, rows in classify_files(photos, labeller, detector, settings, mine) if mine else ():
-            with moved_in(part_path(folder, chunk, "npz")) as beside, open(beside, "wb") as file:
+        for chunk, rows in classify_files(photos, predictor, detector, settings, mine) if mine else ():
+            with atomic_write(part_path(folder, chunk, "npz")) as beside, open(beside, "wb") as file:
                 np.savez(file, said=[answer(row) for row in rows],
                          digests=np.array([digest(photos[row.position]) for row in rows], np.uint64))
             bar.update(len(rows))
@@ -549,7 +543,7 @@ def write_results(votes: Votes, decisions: Decisions, blocks: Callable[[], Itera
     write_people(out / "people.csv", votes, decisions, same)
     n_images = write_train_list(out / "train_list.csv", votes, decisions, blocks(), args.input_dir)
     report = yield_report(votes, decisions, n_images, same, args)
-    with moved_in(out / "yield.json") as beside:
+    with atomic_write(out / "yield.json") as beside:
         beside.write_text(json.dumps(report, indent=1))
     draw_votes(out / "votes.png", votes, decisions, args)
     print_report(report, out)
@@ -561,7 +555,7 @@ def write_lists(folder: Path, votes: Votes, decisions: Decisions) -> None:
     for old in folder.glob("*.txt"):
         old.unlink()
     for c, name in enumerate(votes.classes):
-        with moved_in(folder / f"{os.fsdecode(name)}.txt") as beside, open(beside, "wb") as file:
+        with atomic_write(folder / f"{os.fsdecode(name)}.txt") as beside, open(beside, "wb") as file:
             for i in np.flatnonzero(decisions.decision == c).tolist():
                 file.write(votes.ids[i].replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
 
@@ -573,7 +567,7 @@ def write_people(path: Path, votes: Votes, decisions: Decisions, same: dict[byte
                "reason"]
     numbers = np.column_stack([votes.n_images, votes.n_used, votes.n_face, votes.votes])
     plain = not same
-    with moved_in(path) as beside, open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with atomic_write(path) as beside, open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(",".join(columns) + "\n")
         for first in range(0, len(votes.ids), 100_000):
             some = slice(first, first + 100_000)
@@ -582,8 +576,8 @@ def write_people(path: Path, votes: Votes, decisions: Decisions, same: dict[byte
                     decisions.decision[some].tolist(), decisions.reason[some].tolist(), strict=True):
                 reason = REASONS[why] if plain or person not in same else "; ".join(
                     filter(None, (REASONS[why], shared(same[person]))))
-                file.write(f"{quoted(os.fsdecode(person))},{','.join(map(str, row))},{share:.4f},"
-                           f"{names[decision] if decision >= 0 else ''},{quoted(reason)}\n")
+                file.write(f"{quote_cell(os.fsdecode(person))},{','.join(map(str, row))},{share:.4f},"
+                           f"{names[decision] if decision >= 0 else ''},{quote_cell(reason)}\n")
 
 
 def shared(others: Counter) -> str:
@@ -600,7 +594,7 @@ def write_train_list(path: Path, votes: Votes, decisions: Decisions, blocks: Ite
     root = os.fsencode(os.path.abspath(input_dir)) + b"/" if input_dir else b""
     tails = [b"," + quoted_bytes(name) + b"\n" for name in votes.classes]
     counts = np.zeros(len(tails), np.int64)
-    with moved_in(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as beside, open(beside, "wb") as file:
         file.write(b"image,class\n")
         for rows in blocks:
             person = number_people(rows, votes.number)
@@ -618,7 +612,7 @@ def write_train_list(path: Path, votes: Votes, decisions: Decisions, blocks: Ite
 
 def quoted_bytes(cell: bytes) -> bytes:
     """A cell of a CSV whose bytes may be no UTF-8."""
-    return quoted(cell.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    return quote_cell(cell.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def yield_report(votes: Votes, decisions: Decisions, n_images: list[int], same: dict[bytes, Counter], args) -> dict:
@@ -688,7 +682,7 @@ def draw_votes(path: Path, votes: Votes, decisions: Decisions, args) -> None:
         panel.set(xlabel="share of the person's faces", ylabel="people", xlim=(0, 1))
         panel.legend(loc="upper left", frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    with moved_in(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, format="png", dpi=120)
 
 

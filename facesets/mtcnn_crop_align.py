@@ -23,43 +23,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
 
-from models import cli  # noqa: E402
-from models.align import TEMPLATE_SIZE, WHOLE, align_faces  # noqa: E402
-from models.images import (  # noqa: E402
-    InputError,
-    PhotoBatch,
-    PhotoError,
-    PhotoIndex,
-    first_position,
-    index_photos,
-    join_batches,
-    load_photos,
-)
-from models.mtcnn import MTCNN, Faces  # noqa: E402
-from models.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path  # noqa: E402
-from models.pipeline import (  # noqa: E402
-    DECODE_BATCH,
-    chunk_size,
-    count_chunks,
-    count_files,
-    decode_workers,
-    quoted,
-    rank_by_size,
-)
-from models.ranks import (  # noqa: E402
-    leave_distributed,
-    merge_parts,
-    moved_in,
-    my_part,
-    start_distributed,
-    wait_for_all,
-)
-from models.threads import Cores  # noqa: E402
+from models.data.batches import PhotoBatch, first_position, join_batches, load_photos
+from models.data.decoding import PhotoError
+from models.data.index import PhotoIndex, index_photos
+from models.data.listing import InputError
+from models.faces.align import TEMPLATE_SIZE, WHOLE, align_faces
+from models.faces.mtcnn import MTCNN, Faces
+from models.faces.pipeline import DECODE_BATCH, chunk_size, count_chunks, count_files, decode_workers, rank_by_size
+from models.faces.predictions import quote_cell
+from models.running import cli
+from models.running.files import atomic_write, merge_parts
+from models.running.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
+from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
+from models.running.threads import OrderedThreadPool
 
 PARTS = "align_parts"                                   # folder of an unfinished run, in the output folder
 SKIPPED = "skipped.csv"
@@ -95,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         exit_if_finished(parser, args.out_dir / PARTS, args.out_dir / SKIPPED)
     if args.out_dir.is_relative_to(Path(args.in_dir[0]).resolve()):
         parser.error("--out_dir lies in --in_dir, where the crops would count as photographs")
-    rank, world_size, device = start_distributed(args.device)
+    rank, world_size, device = init_distributed(args.device)
     detector = load_detector(parser, args).to(device)
     folder = args.out_dir / PARTS
     open_parts(parser, folder, run_flags(args), lambda folder: begin(args, folder), rank,
@@ -103,13 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     photos = Photos(PhotoIndex(folder), args)
     todo = missing_parts(folder, count_chunks(len(photos)), "csv")
     started = time.perf_counter()
-    align_chunks(photos, [todo[i] for i in my_part(len(todo), rank, world_size)], detector, device, args, rank == 0)
+    align_chunks(photos, [todo[i] for i in rank_slice(len(todo), rank, world_size)], detector, device, args, rank == 0)
     photos.index.close()
-    wait_for_all()
+    barrier()
     if rank == 0:
         finish(photos, todo, time.perf_counter() - started, args)
-    wait_for_all()
-    leave_distributed()
+    barrier()
+    shutdown_distributed()
 
 
 # ------------------------------------------------------------------------------------------------- before anything runs
@@ -230,11 +211,11 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
         return batch, detector.detect(batch.images, batch.sizes)
 
     bar = tqdm(total=n_files, unit=" photographs", disable=not show, smoothing=0.05)
-    with bar, Cores(device) as cores:
-        batches = load_photos(photos, DECODE_BATCH, workers, args.max_side, batches=numbers, cores=cores)
+    with bar, OrderedThreadPool(device) as pool:
+        batches = load_photos(photos, DECODE_BATCH, workers, args.max_side, batches=numbers, pool=pool)
         batches = join_batches(batches, size, device)
         # A checkout's networks run in its folder, which is the whole process's: one batch at a time.
-        searched = map(search, batches) if args.mtcnn_pytorch_path else cores.in_turn(search, batches)
+        searched = map(search, batches) if args.mtcnn_pytorch_path else pool.ordered_map(search, batches)
         for chunk, its in itertools.groupby(searched, lambda pair: first_position(pair[0]) // size):
             skipped, counts = [], Counter()
             for batch, faces in its:
@@ -282,7 +263,7 @@ def write_crops(photos: Photos, position: int, crops: Iterable[tuple[int, int, t
         for _, face, crop in crops:
             path = photos.target(position, face)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with moved_in(path) as beside:
+            with atomic_write(path) as beside:
                 Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy()).save(beside, "JPEG", quality=95,
                                                                                  subsampling=0)
     except OSError as error:
@@ -305,11 +286,11 @@ def remove_older(photos: Photos, position: int, n: int) -> None:
 def write_part(photos: Photos, chunk: int, skipped: list[tuple[int, str, str]], counts: Counter, args) -> None:
     """What a chunk adds to skipped.csv, and its counts; the table last: where it lies, the chunk is done."""
     counts.update(status for _, status, _ in skipped)
-    lines = [f"{quoted(photos.index.name(position))},{status},{quoted(reason)}\n"
+    lines = [f"{quote_cell(photos.index.name(position))},{status},{quote_cell(reason)}\n"
              for position, status, reason in sorted(skipped) if status != "exists"]
-    with moved_in(part_path(args.out_dir / PARTS, chunk, "json")) as beside:
+    with atomic_write(part_path(args.out_dir / PARTS, chunk, "json")) as beside:
         beside.write_text(json.dumps(counts))
-    with moved_in(part_path(args.out_dir / PARTS, chunk, "csv")) as beside:
+    with atomic_write(part_path(args.out_dir / PARTS, chunk, "csv")) as beside:
         beside.write_bytes("".join(lines).encode("utf-8", "surrogateescape"))
 
 

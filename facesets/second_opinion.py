@@ -19,18 +19,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict  # noqa: E402
-from sklearn.pipeline import make_pipeline  # noqa: E402
-from sklearn.preprocessing import StandardScaler  # noqa: E402
-from sklearn.svm import SVC  # noqa: E402
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
 
-from models import cli  # noqa: E402
-from models.faceset import FaceSet, FaceSetError, align_set  # noqa: E402
-from models.mtcnn import MTCNN  # noqa: E402
-from models.ranks import moved_in  # noqa: E402
-from models.splits import group_pictures, read_sets  # noqa: E402
+from models.data.faceset import FaceSet, FaceSetError
+from models.data.splits import leakage_groups, read_training_sets
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN
+from models.running import cli
+from models.running.files import atomic_write
 
 FOLDS = 5
 CHIP_WINDOW = (6.8, 20.5, 107.4, 121.1)     # of the template: what dlib's get_face_chip shows at its padding of 0.25
@@ -56,7 +57,7 @@ def number_groups(faces: FaceSet, workers: int) -> np.ndarray:
     Raises FaceSetError where a class has fewer groups than there are folds, or is the only one.
     """
     groups = np.empty(len(faces), np.int64)
-    for number, rows in enumerate(group_pictures(faces, workers).values()):
+    for number, rows in enumerate(leakage_groups(faces, workers).values()):
         groups[rows] = number
     labels = faces.labels.numpy()
     counts = {name: len(set(groups[labels == c].tolist())) for c, name in enumerate(faces.classes) if c in labels}
@@ -136,14 +137,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     describer = load_describer(args.parser)
     try:
-        sets, _ = read_sets(args)
+        sets, _ = read_training_sets(args)
         groups = [number_groups(faces, args.workers) for faces in sets]
     except FaceSetError as error:
         args.parser.error(f"--data: {error}")
     rows = [["image", "label", *(f"p_{name}" for name in sets[0].classes), "error"]]
     for faces, its in zip(sets, groups, strict=True):
         rows += table_rows(faces, its, describer, args.out.parent, args)
-    with moved_in(args.out) as beside, open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+    with atomic_write(args.out) as beside, open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
         csv.writer(out, lineterminator="\n").writerows(rows)
 
 

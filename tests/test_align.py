@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.align import (
+from models.faces.align import (
     TEMPLATE,
     WHOLE,
     align_faces,

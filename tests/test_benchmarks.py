@@ -12,12 +12,12 @@ import torch
 from conftest import ROOT, draw_crop
 
 from benchmarks import baseline, run
-from models.align import TEMPLATE, TEMPLATE_SIZE, crop_views
-from models.checkpoint import Checkpoint, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.images import decode_photo
-from models.mtcnn import MTCNN, Faces
-from models.pipeline import Labeller
+from models.data.decoding import decode_photo
+from models.faces.align import TEMPLATE, TEMPLATE_SIZE, crop_views
+from models.faces.checkpoint import Checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
+from models.faces.mtcnn import MTCNN, Faces
+from models.faces.pipeline import Predictor
 
 SAMPLES = ROOT / "facesets" / "samples"
 SMALL = run.Sizes(runs=1, chips=4, photos=4, agreed=3, crops=6, plain_crops=6, built=8, plain_built=4)
@@ -73,24 +73,24 @@ def test_plain_and_batched_classification_agree(tmp_path, ckpt):
     crops.mkdir()
     for i in range(5):
         draw_crop(i, i, TEMPLATE_SIZE).save(crops / f"{i}.png")
-    labeller = Labeller(bench.checkpoint, bench.device)
-    ours = run.label_folder(bench, str(crops), labeller, None)
+    predictor = Predictor(bench.checkpoint, bench.device)
+    ours = run.label_folder(bench, str(crops), predictor, None)
     plain = tmp_path / "plain.csv"
     baseline.label_crops(sorted(crops.iterdir()), plain, baseline.PlainClassifier(bench.checkpoint))
     found = run.same_labels(ours, plain)
     assert (found["files"], found["faces"], found["other_status"]) == (5, 5, 0)
-    assert found["largest_difference"] < (0.005 if labeller.bfloat16 else 1e-4)
+    assert found["largest_difference"] < (0.005 if predictor.bfloat16 else 1e-4)
     assert all(bar.met for bar in run.agreement_bars("drawn", found))
 
 
 def test_one_view_alone_and_in_a_batch(ckpt):
     checkpoint = run.load_checkpoint(ckpt)
     views = crop_views(torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8), checkpoint.spec.window, 112)
-    labeller = Labeller(checkpoint, torch.device("cpu"))
-    together = labeller.probs(views)
+    predictor = Predictor(checkpoint, torch.device("cpu"))
+    together = predictor.probs(views)
     plain = baseline.PlainClassifier(checkpoint)
     alone = torch.tensor([plain.probs(view) for view in views])
-    torch.testing.assert_close(together, alone, rtol=0, atol=0.005 if labeller.bfloat16 else 1e-4)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0.005 if predictor.bfloat16 else 1e-4)
 
 
 @pytest.mark.real

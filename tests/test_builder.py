@@ -14,11 +14,13 @@ from conftest import draw_blots, jpeg
 from PIL import Image
 
 import utk_dataset_builder as builder
-from models.align import TEMPLATE
-from models.duplicates import Fingerprints
-from models.faceset import central_face, read_faceset
-from models.images import collate_photos, decode_photo
-from models.mtcnn import MTCNN
+from models.data.batches import collate_photos
+from models.data.decoding import decode_photo
+from models.data.duplicates import Fingerprints
+from models.data.faceset import read_faceset
+from models.faces.align import TEMPLATE
+from models.faces.labelled import most_central_face
+from models.faces.mtcnn import MTCNN
 from utk_dataset_builder import Chip, group_chips, parse_utk_name, split_groups, split_sizes
 
 
@@ -341,7 +343,7 @@ def warp_differences(src: Path, built: Path, rows: list[dict]) -> list[float]:
     for row in rows:
         images, sizes = collate_photos([decode_photo(src / row["file"].split("/")[-1])[0]])
         faces = MTCNN(min_face_size=40).detect(images, sizes)
-        landmarks = faces.landmarks[central_face(faces, sizes)[0]].numpy()
+        landmarks = faces.landmarks[most_central_face(faces, sizes)[0]].numpy()
         to_crop = transform.SimilarityTransform.from_estimate(landmarks, (np.array(TEMPLATE) + 0.5) * 2 - 0.5)
         warped = transform.warp(images[0].permute(1, 2, 0).numpy(), to_crop.inverse, output_shape=(224, 224),
                                 order=1, mode="edge", preserve_range=True)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import checkpoint
-from models.calibration import (
+from models.faces import checkpoint
+from models.faces.calibration import (
     Calibration,
     class_thresholds,
     fit_calibration,

@@ -16,12 +16,12 @@ from torchvision.models import resnet18
 
 import evaluate
 import infer
-from models.align import CHIP_LANDMARKS, TEMPLATE, WHOLE, align_faces, crop_views, fit_similarity
-from models.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.faceset import align_set
-from models.mtcnn import MTCNN
-from models.pipeline import read_predictions
+from models.faces.align import CHIP_LANDMARKS, TEMPLATE, WHOLE, align_faces, crop_views, fit_similarity
+from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN
+from models.faces.predictions import read_predictions
 
 SAMPLES = ROOT / "facesets" / "samples"
 DOCUMENTED = {"model": transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]),

@@ -4,7 +4,7 @@ import torch
 
 import infer
 from facesets import consensus, mtcnn_crop_align
-from models import cli
+from models.running import cli
 
 REQUIRED = {infer: ["--output_dir", "o"], consensus: ["--output_dir", "o"],
             mtcnn_crop_align: ["--in_dir", "i", "--out_dir", "o"]}

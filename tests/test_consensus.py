@@ -16,11 +16,11 @@ from conftest import draw_crop
 from benchmarks import consensus_scale
 from facesets import consensus
 from facesets.consensus import main
-from models.align import TEMPLATE, WHOLE
-from models.checkpoint import Checkpoint, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.faceset import read_faceset
-from models.pipeline import columns
+from models.data.faceset import read_faceset
+from models.faces.align import TEMPLATE, WHOLE
+from models.faces.checkpoint import Checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
+from models.faces.predictions import columns
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("White", "Black", "East Asian")

@@ -7,9 +7,9 @@ import pytest
 from conftest import draw_crop
 
 from benchmarks import consensus_noise
-from models.align import TEMPLATE
-from models.checkpoint import Checkpoint, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
+from models.faces.align import TEMPLATE
+from models.faces.checkpoint import Checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
 
 CLASSES = ("White", "Black")
 

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from facesets.mtcnn_crop_align import main
-from models.align import TEMPLATE
-from models.images import JOINED, decode_photo
-from models.mtcnn import MTCNN
-from models.ranks import moved_in
+from models.data.batches import JOINED
+from models.data.decoding import decode_photo
+from models.faces.align import TEMPLATE
+from models.faces.mtcnn import MTCNN
+from models.running.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 ASTRONAUT = ROOT / "facesets" / "samples" / "astronaut.jpg"
@@ -184,7 +185,7 @@ def test_a_checkout_of_mtcnn_pytorch_takes_the_place_of_the_networks(tmp_path, m
     picture.save(photos / "more.png")
     monkeypatch.chdir(tmp_path)
     written = []
-    monkeypatch.setattr("facesets.mtcnn_crop_align.moved_in", lambda path: written.append(path.name) or moved_in(path))
+    monkeypatch.setattr("facesets.mtcnn_crop_align.atomic_write", lambda path: written.append(path.name) or atomic_write(path))
     main(["--in_dir", "photos", "--out_dir", "out", "--mtcnn_pytorch_path", "checkout", "--n_threads", "0"])
     out = tmp_path / "out"
     crops = [f"{name}.png_{face}.jpg" for name in ("two", "more") for face in (1, 0)]   # coinciding points: no face
@@ -237,7 +238,7 @@ def test_batches_joined_as_for_a_gpu_give_the_same_crops(photos, tmp_path, monke
     for i in range(20):
         shutil.copy(photos / ("a.JPG" if i % 9 == 0 else "cut.jpg"), photos / f"more{i:02}.jpg")
     align(photos, tmp_path / "apart", "--min_face_size", "60")
-    for module in ("models.pipeline", "facesets.mtcnn_crop_align"):
+    for module in ("models.faces.pipeline", "facesets.mtcnn_crop_align"):
         monkeypatch.setattr(f"{module}.chunk_size", lambda _: 32)
     monkeypatch.setitem(JOINED, "cpu", 128)
     searched = []

@@ -4,8 +4,15 @@ import pytest
 from conftest import draw_blots, jpeg
 from PIL import Image
 
-from models.duplicates import NEAR, THUMB, Fingerprints, group_files, group_same, near_pairs
-from models.images import decode_photo
+from models.data.decoding import decode_photo
+from models.data.duplicates import (
+    NEAR_DUPLICATE,
+    THUMB,
+    Fingerprints,
+    group_duplicate_files,
+    group_near_duplicates,
+    near_duplicate_pairs,
+)
 
 
 def test_near_pairs_agree_with_numpy():
@@ -18,11 +25,11 @@ def test_near_pairs_agree_with_numpy():
     n = len(thumbs)
     both = np.corrcoef(thumbs, mirrored)
     similar = np.maximum(both[:n, :n], both[:n, n:])
-    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if similar[i, j] >= NEAR}
-    sure = np.abs(similar - NEAR) > 1e-4
+    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if similar[i, j] >= NEAR_DUPLICATE}
+    sure = np.abs(similar - NEAR_DUPLICATE) > 1e-4
     assert len(expected) > 15
     for block in (3, 7, 1024):                                      # many tiles, two columns of them, one
-        found = near_pairs(thumbs, block)
+        found = near_duplicate_pairs(thumbs, block)
         assert len(found) == len(set(found))
         assert all(sure[pair] <= (pair in expected) for pair in found)
         assert all(not sure[pair] or pair in set(found) for pair in expected)
@@ -30,8 +37,8 @@ def test_near_pairs_agree_with_numpy():
 
 def test_pictures_of_one_tone_and_no_pictures_have_no_pairs():
     flat = np.full((3, THUMB ** 2), 77, dtype=np.uint8)
-    assert near_pairs(flat) == near_pairs(flat[:0]) == []
-    assert group_same(Fingerprints()) == group_files([], 0) == []
+    assert near_duplicate_pairs(flat) == near_duplicate_pairs(flat[:0]) == []
+    assert group_near_duplicates(Fingerprints()) == group_duplicate_files([], 0) == []
 
 
 def test_groups_join_what_is_one_photograph():
@@ -43,7 +50,7 @@ def test_groups_join_what_is_one_photograph():
     for i, (form, quality) in enumerate(zip(forms, (95, 60, 80, 90, 90, 90), strict=True)):
         prints.add(i, jpeg(form, quality), decode_photo(jpeg(form, quality))[0])
     prints.thumbs[5] = np.zeros(THUMB ** 2, np.uint8)               # 3 and 5 by their bytes alone
-    assert group_same(prints) == [[0, 1, 2], [3, 5], [4]]
+    assert group_near_duplicates(prints) == [[0, 1, 2], [3, 5], [4]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -54,6 +61,6 @@ def test_files_are_grouped_and_broken_ones_are_alone(tmp_path, workers):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     paths = [str(tmp_path / name) for name in [*files, "absent.jpg", "c.jpg"]]
-    assert group_files(paths, workers) == [[0, 4], [1], [2, 5, 7], [3], [6]]
-    backwards = group_files(paths[::-1], workers)
+    assert group_duplicate_files(paths, workers) == [[0, 4], [1], [2, 5, 7], [3], [6]]
+    backwards = group_duplicate_files(paths[::-1], workers)
     assert sorted(sorted(7 - i for i in group) for group in backwards) == [[0, 4], [1], [2, 5, 7], [3], [6]]

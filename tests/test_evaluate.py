@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import evaluate
-from models.align import TEMPLATE
-from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.faceset import faceset_digest
-from models.metrics import calibration_error, proper_scores, reliability_bins, risk_coverage
+from models.data.faceset import faceset_digest
+from models.faces.align import TEMPLATE
+from models.faces.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
+from models.reports.metrics import calibration_error, proper_scores, reliability_bins, risk_coverage
 
 CLASSES = ("White", "Black", "Asian", "Indian")
 COLOURS = ((145, 110, 110), (110, 145, 110), (110, 110, 145), (138, 138, 100))     # close enough to be mistaken

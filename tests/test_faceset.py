@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.align import WHOLE
-from models.faceset import FaceSetError, align_set, central_face, faceset_digest, read_faceset
-from models.images import JOINED
-from models.mtcnn import MTCNN, Faces
+from models.data.batches import JOINED
+from models.data.faceset import FaceSetError, faceset_digest, read_faceset
+from models.faces.align import WHOLE
+from models.faces.labelled import align_set, most_central_face
+from models.faces.mtcnn import MTCNN, Faces
 
 CLASSES = ("White", "Black", "Asian", "Indian")
 
@@ -129,10 +130,10 @@ def test_central_face_is_the_large_one_in_the_middle():
     boxes = torch.tensor([[0, 0, 30, 30.], [40, 40, 70, 70], [45, 45, 50, 50],      # photo 0: the middle of three
                           [0, 0, 90, 90], [48, 48, 52, 52]])                        # photo 2: large beats exact
     faces = Faces(boxes, torch.ones(5), torch.zeros(5, 5, 2), torch.tensor([0, 0, 0, 2, 2]))
-    assert central_face(faces, torch.tensor([[100, 110], [10, 10], [100, 100]])).tolist() == [1, -1, 3]
+    assert most_central_face(faces, torch.tensor([[100, 110], [10, 10], [100, 100]])).tolist() == [1, -1, 3]
     none = Faces(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 5, 2), torch.zeros(0, dtype=torch.int64))
-    assert central_face(none, torch.tensor([[5, 5]])).tolist() == [-1]
-    assert central_face(none, torch.zeros(0, 2, dtype=torch.int64)).tolist() == []
+    assert most_central_face(none, torch.tensor([[5, 5]])).tolist() == [-1]
+    assert most_central_face(none, torch.zeros(0, 2, dtype=torch.int64)).tolist() == []
 
 
 def test_finished_crops_of_different_sizes_show_the_same_window(tmp_path, detector):
@@ -222,8 +223,8 @@ def test_a_digest_is_that_of_the_names_alone():
 
 def test_a_huge_picture_is_reduced_while_decoding(tmp_path, detector, monkeypatch):
     asked = []
-    monkeypatch.setattr("models.faceset.load_photos",
-                        lambda *args, cores=None: asked.append((*args[2:4], cores is not None)) or iter(()))
-    monkeypatch.setattr("models.faceset.can_share", lambda: False)
+    monkeypatch.setattr("models.faces.labelled.load_photos",
+                        lambda *args, pool=None: asked.append((*args[2:4], pool is not None)) or iter(()))
+    monkeypatch.setattr("models.faces.labelled.can_share", lambda: False)
     list(align_set(["a.jpg"], False, detector, WHOLE, 8, workers=4))
     assert asked == [(0, 3000, True)]

@@ -13,23 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models import images
-from models.images import (
-    InputError,
-    PhotoBatch,
-    PhotoError,
-    PhotoIndex,
-    collate_photos,
-    decode_photo,
-    group_sizes,
-    index_photos,
-    join_batches,
-    list_images,
-    load_photos,
-    sort_names,
-    walk_images,
-)
-from models.threads import Cores
+from models.data import batches as photo_batches
+from models.data.batches import PhotoBatch, collate_photos, group_sizes, join_batches, load_photos
+from models.data.decoding import PhotoError, decode_photo
+from models.data.index import PhotoIndex, index_photos
+from models.data.listing import InputError, list_images, sort_names, walk_images
+from models.running.threads import OrderedThreadPool
 
 
 def picture(height=40, width=60, seed=0) -> Image.Image:
@@ -213,7 +202,7 @@ def test_a_bomb_is_too_large(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------ batching
 def test_batches_hold_every_picture_once(monkeypatch):
-    monkeypatch.setattr(images, "GROUP_PIXELS", 2000)
+    monkeypatch.setattr(photo_batches, "GROUP_PIXELS", 2000)
     sizes = [(20, 30), (1, 1), (200, 150), (25, 25), (300, 4), (20, 30), (4, 300)]
     photos = [saved(picture(*size), "PNG") for size in sizes]
     photos.insert(2, b"broken")
@@ -245,13 +234,13 @@ def test_workers_change_nothing(tmp_path, two_threads):
     for i in range(10):
         picture(20 + i, 30, seed=i).save(tmp_path / f"{i}.png")
     photos = [str(tmp_path / name) for name in walk_images(tmp_path)]
-    with Cores(torch.device("cpu")) as cores:
-        loads = [load_photos(photos, 4, 0), load_photos(photos, 4, 2), load_photos(photos, 4, 0, cores=cores)]
+    with OrderedThreadPool(torch.device("cpu")) as pool:
+        loads = [load_photos(photos, 4, 0), load_photos(photos, 4, 2), load_photos(photos, 4, 0, pool=pool)]
         for alone, *others in zip(*loads, strict=True):
             for other in others:
                 assert alone.positions == other.positions and torch.equal(alone.images, other.images)
-        for sharing in (None, cores):
-            few = list(load_photos(photos, 4, 0, batches=[2], cores=sharing))
+        for sharing in (None, pool):
+            few = list(load_photos(photos, 4, 0, batches=[2], pool=sharing))
             assert [batch.positions for batch in few] == [[8, 9]]
 
 
@@ -262,11 +251,11 @@ def test_threads_decode_and_this_one_reads_the_index(tmp_path, monkeypatch, two_
         picture(seed=i).save(tmp_path / "in" / f"{i}.png")
     (tmp_path / "in" / "4.png").write_bytes(b"broken")
     index, threads = index_photos(tmp_path, [str(tmp_path / "in")]), {"read": set(), "decode": set()}
-    for name, what, function in (("read", PhotoIndex, PhotoIndex.read), ("decode", images, images.decode_photo)):
+    for name, what, function in (("read", PhotoIndex, PhotoIndex.read), ("decode", photo_batches, photo_batches.decode_photo)):
         monkeypatch.setattr(what, function.__name__, lambda *args, name=name, function=function:
                             threads[name].add(threading.current_thread().name) or function(*args))
-    with Cores(torch.device("cpu")) as cores:
-        batches = list(load_photos(index, 2, 0, cores=cores))
+    with OrderedThreadPool(torch.device("cpu")) as pool:
+        batches = list(load_photos(index, 2, 0, pool=pool))
     assert [batch.positions for batch in batches] == [[0, 1], [2, 3], [5], [6, 7], [8]]
     assert [(position, status) for position, status, _ in batches[2].failures] == [(4, "unreadable")]
     assert threads["read"] == {threading.current_thread().name}
@@ -306,8 +295,8 @@ def test_index_works_in_workers(tmp_path):
 @pytest.mark.parametrize(("most", "pixels", "calls"), [(64, 10**9, 2), (3, 10**9, 5), (64, 2500, 4)])
 def test_joined_batches_hold_the_same_pictures(most, pixels, calls, monkeypatch):
     """What a GPU is given, on a CPU here: by chunks of 8, as many pictures as one call takes."""
-    monkeypatch.setitem(images.JOINED, "cpu", most)
-    monkeypatch.setattr(images, "JOINED_PIXELS", pixels)
+    monkeypatch.setitem(photo_batches.JOINED, "cpu", most)
+    monkeypatch.setattr(photo_batches, "JOINED_PIXELS", pixels)
     generator = torch.Generator().manual_seed(0)
     photos = [torch.randint(1, 256, (3, 10 + i, 40 - 2 * i), generator=generator, dtype=torch.uint8) for i in range(13)]
     batches = [PhotoBatch([i, i + 1], *collate_photos(photos[i:i + 2]), torch.tensor([1.0, i]), [])

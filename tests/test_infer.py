@@ -16,24 +16,23 @@ from conftest import ROOT, draw_crop
 from PIL import Image
 
 import infer
-from models import pipeline
-from models.align import TEMPLATE
-from models.calibration import Calibration
-from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.pipeline import (
+from models.faces import pipeline
+from models.faces.align import TEMPLATE
+from models.faces.calibration import Calibration
+from models.faces.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
+from models.faces.pipeline import (
     Found,
-    Labeller,
+    Predictor,
     Row,
     chunk_size,
     count_chunks,
     count_files,
     fold_batch_norm,
     full_batches,
-    quoted,
-    read_predictions,
 )
-from models.shares import distinct_faces
+from models.faces.predictions import quote_cell, read_predictions
+from models.reports.shares import distinct_faces
 
 CLASSES = ("White", "Black", "East Asian", "Indian")
 
@@ -158,7 +157,7 @@ def test_all_faces_come_by_size_in_pixels_of_the_original(tmp_path, ckpt, face):
     both = run(tmp_path, ckpt, "--faces", "all", *flags, source=tmp_path / "in")
     one = run(tmp_path, ckpt, *flags, source=tmp_path / "in", out="one")
     assert [row["face"] for row in both] == ["0", "1"] and len(one) == 1
-    apart = 2e-4 if Labeller(load_checkpoint(ckpt), torch.device("cpu")).bfloat16 else 2e-7
+    apart = 2e-4 if Predictor(load_checkpoint(ckpt), torch.device("cpu")).bfloat16 else 2e-7
     for name, cell in one[0].items():                           # the last digits of a number hang on its batch
         number = name == "confidence" or name.startswith("p_")
         assert cell == both[0][name] or number and float(cell) == pytest.approx(float(both[0][name]), abs=apart)
@@ -171,11 +170,11 @@ def test_all_faces_come_by_size_in_pixels_of_the_original(tmp_path, ckpt, face):
 
 # ---------------------------------------------------------------------------------------------------- finished crops
 def test_probabilities_are_those_of_the_plain_network(tmp_path, ckpt, crops):
-    from models.align import crop_views
+    from models.faces.align import crop_views
     rows = run(tmp_path, ckpt, source=crops)
     checkpoint = load_checkpoint(ckpt)
     spec = checkpoint.spec
-    apart = 0.005 if Labeller(checkpoint, torch.device("cpu")).bfloat16 else 2e-6
+    apart = 0.005 if Predictor(checkpoint, torch.device("cpu")).bfloat16 else 2e-6
     for row in rows[:5]:
         crop = torch.from_numpy(np.array(Image.open(crops / row["file"]))).permute(2, 0, 1)[None]
         with torch.inference_mode():
@@ -304,7 +303,7 @@ def test_shares_of_a_list_of_absolute_paths_are_by_the_folder_that_holds_each(tm
 def test_shares_notice_repeated_pictures_in_a_written_table(tmp_path):
     probs = torch.randn(15, 4, generator=torch.Generator().manual_seed(1)).softmax(1)
     rows = [pipeline.Row(i, 0, "ok", probs[i % 15]) for i in range(30)]
-    lines = [pipeline.csv_line(f"{i}.jpg", row, "White", "", 4) for i, row in enumerate(rows)]
+    lines = [pipeline.format_row(f"{i}.jpg", row, "White", "", 4) for i, row in enumerate(rows)]
     (tmp_path / "predictions.csv").write_text("".join([",".join(pipeline.columns(CLASSES)) + "\n", *lines]))
     tally = infer.read_back(None, argparse.Namespace(by=None, output_dir=tmp_path), CLASSES)
     assert tally.probs == pytest.approx(probs.repeat(2, 1).double().numpy(), abs=6e-8)
@@ -390,10 +389,10 @@ def test_folding_batch_norm_changes_nothing(ckpt):
 
 
 def test_mirror_images_share_their_probabilities(ckpt):
-    labeller = Labeller(load_checkpoint(ckpt), torch.device("cpu"))
+    predictor = Predictor(load_checkpoint(ckpt), torch.device("cpu"))
     views = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    assert torch.allclose(labeller.probs(views, flip=True), labeller.probs(views.flip(3), flip=True), atol=1e-6)
-    assert labeller.probs(views[:0]).shape == (0, 4)
+    assert torch.allclose(predictor.probs(views, flip=True), predictor.probs(views.flip(3), flip=True), atol=1e-6)
+    assert predictor.probs(views[:0]).shape == (0, 4)
 
 
 @pytest.mark.parametrize("parts", [[0], [3, 0, 5], [10], [1] * 9, [4, 4]])
@@ -419,6 +418,6 @@ def test_chunks_are_whole_batches():
 @pytest.mark.parametrize("text", ["plain", "a,b", 'say "x"', "two\nlines", "a\rb", "", " "])
 def test_quoted_cells_are_read_back(tmp_path, text):
     path = tmp_path / "x.csv"
-    path.write_text(f"{quoted(text)},end\n", newline="")
+    path.write_text(f"{quote_cell(text)},end\n", newline="")
     with open(path, newline="") as file:
         assert list(csv.reader(file)) == [[text, "end"]]

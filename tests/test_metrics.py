@@ -5,7 +5,7 @@ import pytest
 import sklearn.metrics
 import torch
 
-from models.metrics import class_figures, confusion_matrix, ece_interval, mcnemar_exact, wilson_interval
+from models.reports.metrics import class_figures, confusion_matrix, ece_interval, mcnemar_exact, wilson_interval
 
 
 def random_pair(n: int, n_classes: int = 4, seed: int = 0):

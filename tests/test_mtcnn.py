@@ -13,22 +13,11 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision.ops import nms
 
-from models import mtcnn
-from models.mtcnn import (
-    BUNCH,
-    MTCNN,
-    WEIGHTS,
-    MaxPool,
-    build_onet,
-    build_pnet,
-    build_rnet,
-    pyramid,
-    quickened,
-    resize,
-    run_pnet,
-    suppress,
-    suppress_nested,
-)
+from models.faces import image_pyramid, mtcnn
+from models.faces.boxes import COMPARED_BOXES, suppress, suppress_nested
+from models.faces.image_pyramid import pyramid, resize, run_pnet
+from models.faces.mtcnn import MTCNN, WEIGHTS
+from models.faces.mtcnn_networks import MaxPool, build_onet, build_pnet, build_rnet, with_cpu_layers
 
 ASTRONAUT = Path(__file__).resolve().parent.parent / "facesets" / "samples" / "astronaut.jpg"
 
@@ -150,7 +139,7 @@ def test_fine_levels_are_searched_only_where_no_face_is_large(detector, astronau
     assert finest not in [tuple(size) for *size, _ in levels] and levels
 
 
-@pytest.mark.parametrize("counts", [(), (1,), (3, 0, 2), (40,) * 30, (5, BUNCH["cpu"] + 60, 7, 100, 180)])
+@pytest.mark.parametrize("counts", [(), (1,), (3, 0, 2), (40,) * 30, (5, COMPARED_BOXES["cpu"] + 60, 7, 100, 180)])
 def test_suppression_of_many_groups_is_that_of_each(counts):
     generator = torch.Generator().manual_seed(5)
     corner = torch.randint(0, 60, (sum(counts), 2), generator=generator).float()
@@ -182,7 +171,7 @@ def test_pooling_by_rows_and_columns_is_pooling(size, shape):
 def test_quickened_networks_give_the_same(build, side):
     torch.manual_seed(7)
     plain, pictures = build(), torch.randn(3, 3, side, side + side % 2)
-    found, wanted = quickened(plain)(pictures), plain(pictures)
+    found, wanted = with_cpu_layers(plain)(pictures), plain(pictures)
     assert torch.allclose(found.transpose(0, 1) if build is build_pnet else found, wanted, atol=1e-5)
 
 
@@ -190,7 +179,7 @@ def test_a_level_in_splits_and_bands_is_the_level(detector, monkeypatch):
     pictures = torch.randint(0, 256, (5, 3, 61, 84), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
     whole = run_pnet(detector.pnet, pictures, 40, 55)
     for pixels in (3 * 40 * 55, 1500, 300, 1):
-        monkeypatch.setitem(mtcnn.CHUNK_PIXELS, "cpu", pixels)
+        monkeypatch.setitem(image_pyramid.CHUNK_PIXELS, "cpu", pixels)
         assert torch.allclose(run_pnet(detector.pnet, pictures, 40, 55), whole, atol=1e-5)
 
 
@@ -203,9 +192,9 @@ def test_images_of_all_sizes_in_one_call_give_the_candidates_of_each(detector, a
     images, sizes = collate(pictures)
     among = torch.tensor([0, 1, 3, 4, 5, 6])
     wanted, wanted_index = detector.propose(images, sizes, which, among)
-    monkeypatch.setattr(mtcnn, "search_by_size", mtcnn.search_together)
+    monkeypatch.setattr(mtcnn, "search_by_size", image_pyramid.search_together)
     for pixels in (1 << 16, 1 << 20):
-        monkeypatch.setitem(mtcnn.CHUNK_PIXELS, "cpu", pixels)
+        monkeypatch.setitem(image_pyramid.CHUNK_PIXELS, "cpu", pixels)
         found, found_index = detector.propose(images, sizes, which, among)
         assert torch.equal(found_index, wanted_index) and torch.equal(found, wanted) and len(found) > 50
 

@@ -15,12 +15,13 @@ import evaluate
 import infer
 import train
 import utk_dataset_builder
-from models.align import CHIP_LANDMARKS, TEMPLATE, align_faces, fit_similarity
-from models.checkpoint import load_checkpoint
-from models.faceset import align_set
-from models.images import list_images, load_photos
-from models.mtcnn import MTCNN
-from models.pipeline import Labeller
+from models.data.batches import load_photos
+from models.data.listing import list_images
+from models.faces.align import CHIP_LANDMARKS, TEMPLATE, align_faces, fit_similarity
+from models.faces.checkpoint import load_checkpoint
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import Predictor
 
 pytestmark = pytest.mark.real
 CKPT = ROOT / infer.CKPT
@@ -128,10 +129,10 @@ def test_labels_of_infer_are_those_of_the_float32_network(ckpt, faces_data, tmp_
     chips = [str(path) for path in unpack(faces_data / "UTKFace.tar", tmp_path, every=15)]
     checkpoint = load_checkpoint(ROOT / "checkpoints" / ckpt)
     spec, network = checkpoint.spec, checkpoint.classifier(torch.device("cpu"))
-    labeller = Labeller(checkpoint, torch.device("cpu"))
+    predictor = Predictor(checkpoint, torch.device("cpu"))
     views = torch.cat([batch.views for batch in align_set(chips, False, MTCNN(min_face_size=40), spec.window,
                                                           spec.input_size)])
-    fast = torch.cat([labeller.probs(some) for some in views.split(64)])
+    fast = torch.cat([predictor.probs(some) for some in views.split(64)])
     with torch.inference_mode():
         plain = torch.cat([checkpoint.probs(network(some)) for some in views.split(64)])
     best = plain.topk(2, 1)

@@ -4,34 +4,35 @@ import os
 import pytest
 import torch
 
-from models.ranks import from_first, local_share, merge_parts, moved_in, my_part, start_distributed, wait_for_all
+from models.running.files import atomic_write, merge_parts
+from models.running.ranks import barrier, broadcast_from_rank0, init_distributed, per_local_rank, rank_slice
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 64, 1001])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_parts_are_the_whole_list_in_order(n, world_size):
-    parts = [my_part(n, rank, world_size) for rank in range(world_size)]
+    parts = [rank_slice(n, rank, world_size) for rank in range(world_size)]
     assert [i for part in parts for i in part] == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_one_process_is_the_plain_case(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert start_distributed(torch.device("cpu")) == (0, 1, torch.device("cpu"))
-    wait_for_all()
-    assert from_first("mine") == "mine"
+    assert init_distributed(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    barrier()
+    assert broadcast_from_rank0("mine") == "mine"
 
 
 def test_cores_are_shared_among_local_ranks(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert local_share(8) == 2
-    assert local_share(2) == 1
+    assert per_local_rank(8) == 2
+    assert per_local_rank(2) == 1
 
 
 def test_a_numbered_device_becomes_the_current_one(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert start_distributed(torch.device("cuda:3")) == (0, 1, torch.device("cuda:3"))
+    assert init_distributed(torch.device("cuda:3")) == (0, 1, torch.device("cuda:3"))
     assert current == [torch.device("cuda:3")]
 
 
@@ -47,7 +48,7 @@ def test_ranks_share_the_devices_of_their_machine(ranks, device, backend, monkey
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 11)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
     chosen = torch.device(device)
-    assert start_distributed(torch.device("cuda:0")) == (11, 16, chosen)
+    assert init_distributed(torch.device("cuda:0")) == (11, 16, chosen)
     assert joined == [chosen, (backend, chosen if backend == "nccl" else None)]
 
 
@@ -62,7 +63,7 @@ def test_merged_parts_follow_the_head(tmp_path):
 def test_a_file_is_whole_or_not_there(tmp_path):
     target = tmp_path / "result"
     target.write_text("old")
-    with pytest.raises(RuntimeError), moved_in(target) as beside:
+    with pytest.raises(RuntimeError), atomic_write(target) as beside:
         beside.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"

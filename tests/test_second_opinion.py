@@ -82,7 +82,7 @@ def test_the_table_teaches(mixed_set, tmp_path, drawn_describer, capsys):
     rows = read_table(out)
     args = train.parse_args([*flags, "--workers", "0"])
     args.rank = 0
-    (faces,), (held,) = train.read_sets(args)
+    (faces,), (held,) = train.read_training_sets(args)
     said = train.read_opinions(str(out), faces.classes)
     assert len(rows) == len(faces) and not set(held.paths()) & set(said)
     broken = [row for row in rows if row["error"]]

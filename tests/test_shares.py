@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from models.align import TEMPLATE, WHOLE
-from models.calibration import Calibration
-from models.checkpoint import Checkpoint, save_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.shares import (
+from models.faces.align import TEMPLATE, WHOLE
+from models.faces.calibration import Calibration
+from models.faces.checkpoint import Checkpoint, save_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
+from models.reports.shares import (
     METHODS,
     draw_shares,
+    draw_weights,
     em_estimate,
     estimate_shares,
     format_shares,
-    resample,
     simplex_least_squares,
 )
 
@@ -164,7 +164,7 @@ def test_repeated_pictures_add_no_certainty(val, rng):
 def test_both_ways_of_resampling_draw_by_the_weights(rng):
     weights = np.array([0.5, 0.25, 0.25, 0.0])
     for size in (12, 500):                                                  # one by one, and by the multinomial
-        drawn = resample(np.full(4000, size), weights, rng)
+        drawn = draw_weights(np.full(4000, size), weights, rng)
         assert drawn.sum(1) == pytest.approx(np.ones(4000))
         assert drawn.mean(0) == pytest.approx(weights, abs=0.01)
         assert drawn.var(0) == pytest.approx(weights * (1 - weights) / size, rel=0.15)

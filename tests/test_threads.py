@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from models.threads import MOST_WAITING, Cores
+from models.running.threads import MAX_PENDING, OrderedThreadPool
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 
-def in_turn(function, items, device=CPU):
-    with Cores(device) as cores:
-        yield from cores.in_turn(function, items)
+def ordered_map(function, items, device=CPU):
+    with OrderedThreadPool(device) as pool:
+        yield from pool.ordered_map(function, items)
 
 
 def test_results_keep_the_order_of_the_items():
@@ -26,39 +26,39 @@ def test_results_keep_the_order_of_the_items():
         time.sleep(0.02 if i == 0 else 0)
         return i
 
-    assert list(in_turn(slow_first, range(20))) == list(range(20))
-    assert list(in_turn(slow_first, ())) == []
+    assert list(ordered_map(slow_first, range(20))) == list(range(20))
+    assert list(ordered_map(slow_first, ())) == []
 
 
 def test_each_item_has_one_thread_and_the_caller_keeps_its_own():
     before = sys.getswitchinterval()
-    assert list(in_turn(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
-    assert set(in_turn(lambda _: sys.getswitchinterval() < before, range(4))) == {True}
+    assert list(ordered_map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+    assert set(ordered_map(lambda _: sys.getswitchinterval() < before, range(4))) == {True}
     assert torch.get_num_threads() == 2 and sys.getswitchinterval() == before
 
 
 def test_a_lone_caller_has_one_thread_meanwhile():
-    with Cores(CPU):
+    with OrderedThreadPool(CPU):
         assert torch.get_num_threads() == 2
-    with Cores(CPU, lone_caller=True):
+    with OrderedThreadPool(CPU, single_threaded_caller=True):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
 
 
 def test_threads_born_later_have_all_threads():
     """Autograd's backward pass runs in one."""
-    list(in_turn(lambda i: i, range(4)))
+    list(ordered_map(lambda i: i, range(4)))
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_items_are_taken_as_results_are():
     taken = []
-    results = in_turn(lambda i: i, (taken.append(i) or i for i in range(100)))
+    results = ordered_map(lambda i: i, (taken.append(i) or i for i in range(100)))
     next(results)
-    assert len(taken) <= 2 + MOST_WAITING + 1
+    assert len(taken) <= 2 + MAX_PENDING + 1
     results.close()
-    assert len(taken) <= 2 + MOST_WAITING + 1
+    assert len(taken) <= 2 + MAX_PENDING + 1
 
 
 def test_a_slow_item_does_not_stop_the_other_thread():
@@ -69,7 +69,7 @@ def test_a_slow_item_does_not_stop_the_other_thread():
             fourth.set()
         return fourth.wait(10) if i == 0 else i
 
-    assert list(in_turn(first_waits, range(20))) == [True, *range(1, 20)]
+    assert list(ordered_map(first_waits, range(20))) == [True, *range(1, 20)]
 
 
 def test_both_threads_work_while_a_result_is_used():
@@ -78,7 +78,7 @@ def test_both_threads_work_while_a_result_is_used():
     def last_ones_wait(i):
         return others.acquire(timeout=10) if i >= 8 else i
 
-    results = in_turn(last_ones_wait, range(10))
+    results = ordered_map(last_ones_wait, range(10))
     assert [next(results) for _ in range(8)] == list(range(8))       # now 8 and 9 are in hand
     others.release(2)
     assert list(results) == [True, True]
@@ -86,29 +86,29 @@ def test_both_threads_work_while_a_result_is_used():
 
 def test_few_items_are_taken_while_a_slow_one_is_waited_for():
     taken, last = [], threading.Event()
-    results = in_turn(lambda i: last.wait(0.5) if i == 0 else i, (taken.append(i) or i for i in range(100)))
+    results = ordered_map(lambda i: last.wait(0.5) if i == 0 else i, (taken.append(i) or i for i in range(100)))
     assert next(results) is False
-    assert len(taken) <= 2 + MOST_WAITING + 1
+    assert len(taken) <= 2 + MAX_PENDING + 1
     results.close()
 
 
 def test_an_error_arrives_in_its_place():
-    results = in_turn(lambda i: 1 // (2 - i), range(5))
+    results = ordered_map(lambda i: 1 // (2 - i), range(5))
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
 
 
 def test_a_gpu_takes_one_after_another():
-    threads = list(in_turn(lambda _: torch.get_num_threads(), range(3), torch.device("cuda")))
+    threads = list(ordered_map(lambda _: torch.get_num_threads(), range(3), torch.device("cuda")))
     assert threads == [2] * 3                                       # the caller's: no pool
 
 
 def test_steps_that_follow_one_another_share_the_threads():
-    with Cores(CPU) as cores:
+    with OrderedThreadPool(CPU) as pool:
         names = {threading.current_thread().name}
-        first = cores.in_turn(lambda i: (i, names.add(threading.current_thread().name)), range(20))
-        second = cores.in_turn(lambda pair: (pair[0], names.add(threading.current_thread().name)), first)
+        first = pool.ordered_map(lambda i: (i, names.add(threading.current_thread().name)), range(20))
+        second = pool.ordered_map(lambda pair: (pair[0], names.add(threading.current_thread().name)), first)
         assert [i for i, _ in second] == list(range(20))
     assert len(names) <= 1 + 2                                      # this one and the two
 
@@ -117,8 +117,8 @@ def test_steps_that_follow_one_another_share_the_threads():
 def test_freed_memory_is_kept_for_the_next_layer():
     """Counted in page faults, four kilobytes each that were asked for anew: else mostly 290,000 to 440,000."""
     code = ("import resource, torch\n"
-            "from models.threads import keep_memory\n"
-            "keep_memory()\n"
+            "from models.running.threads import keep_freed_memory\n"
+            "keep_freed_memory()\n"
             "torch.set_num_threads(1)\n"
             "def layers():\n"
             "    one = torch.ones(3_000_000)\n"

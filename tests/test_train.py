@@ -16,11 +16,11 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
 import train
-from models import splits
-from models.align import TEMPLATE, crop_views
-from models.checkpoint import Checkpoint, load_checkpoint
-from models.classifier import FaceClassifier, FaceSpec
-from models.faceset import read_faceset
+from models.data import splits
+from models.data.faceset import read_faceset
+from models.faces.align import TEMPLATE, crop_views
+from models.faces.checkpoint import Checkpoint, load_checkpoint
+from models.faces.classifier import FaceClassifier, FaceSpec
 
 WINDOW = (14, 24, 98, 108)
 SMALL = train.Recipe(WINDOW, ((0.5, 32), (1.0, 40)), "cosine", 1, 0.05, 0.05, 0.3, 0.9, 0.2, True, "best")
@@ -178,18 +178,18 @@ def test_persons_are_never_divided(tmp_path):
             for i in range(3):
                 draw_crop(label, i, 24).save(folder / f"{i}.png")
     faces = read_faceset(tmp_path)
-    first, held = splits.split_off(faces, 0.25, seed=1)
+    first, held = splits.hold_out(faces, 0.25, seed=1)
     people = [{file.rsplit("/", 1)[0] for file in part.files} for part in (first, held)]
     assert not people[0] & people[1] and len(people[1]) == 6 and len(held) == 18
     assert set(held.labels.tolist()) == {0, 1}
 
 
 def test_a_csv_list_keeps_people_together_and_no_picture_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "group_files", None)
+    monkeypatch.setattr(splits, "group_duplicate_files", None)
     rows = [(f"/people/{label}{person}/{i}.jpg", label) for label in "AB" for person in range(9) for i in range(3)]
     rows += [("/people/both/0.jpg", "A"), ("/people/both/1.jpg", "B")]          # one person, two labels
     (tmp_path / "list.csv").write_text("image,class\n" + "".join(f"{image},{label}\n" for image, label in rows))
-    first, held = splits.split_off(read_faceset(tmp_path / "list.csv"), 0.5, seed=2)
+    first, held = splits.hold_out(read_faceset(tmp_path / "list.csv"), 0.5, seed=2)
     people = [{file.split("/")[2] for file in part.files} for part in (first, held)]
     assert not people[0] & people[1] and "both" in people[0] and len(held) == 2 * 4 * 3
 
@@ -226,21 +226,21 @@ def test_what_cannot_be_read_and_what_shows_no_face_is_told(repeated_set, capsys
 def test_equal_pictures_are_on_one_side(repeated_set):
     faces = read_faceset(repeated_set)
     for seed in range(6):
-        first, held = splits.split_off(faces, 0.4, seed)
+        first, held = splits.hold_out(faces, 0.4, seed)
         sides = [{file[:6] + file[-6:-4] for file in part.files} for part in (first, held)]
         assert not sides[0] & sides[1] and sorted(first.files + held.files) == sorted(faces.files)
         assert {"Black/11.png", "White/disputed_b.png"} <= set(first.files)    # of two labels: never validated on
         assert set(held.labels.tolist()) == {0, 1}
     backwards = faces.subset(list(range(len(faces)))[::-1])
-    assert sorted(splits.split_off(backwards, 0.4, 5)[1].files) == sorted(held.files)
+    assert sorted(splits.hold_out(backwards, 0.4, 5)[1].files) == sorted(held.files)
 
 
 def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
     faces, sent = read_faceset(repeated_set), []
-    monkeypatch.setattr(splits, "from_first", lambda groups: sent.append(groups) or sent[0])
-    first = splits.split_off(faces, 0.4, 1, rank=0)
-    monkeypatch.setattr(splits, "group_files", None)                             # they look at no picture
-    other = splits.split_off(faces, 0.4, 1, rank=1)
+    monkeypatch.setattr(splits, "broadcast_from_rank0", lambda groups: sent.append(groups) or sent[0])
+    first = splits.hold_out(faces, 0.4, 1, rank=0)
+    monkeypatch.setattr(splits, "group_duplicate_files", None)                             # they look at no picture
+    other = splits.hold_out(faces, 0.4, 1, rank=1)
     assert [part.files for part in first] == [part.files for part in other] and sent[1] is None
 
 
@@ -415,7 +415,7 @@ def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
     torch.manual_seed(0)
     teacher = Checkpoint(spec, FaceClassifier(spec).backbone.state_dict())
     shown = []
-    monkeypatch.setattr(train, "Labeller", lambda *_: SimpleNamespace(
+    monkeypatch.setattr(train, "Predictor", lambda *_: SimpleNamespace(
         probs=lambda views, flip: shown.append(views) or torch.full((len(views), 2), 0.5)))
     args = train.parse_args([])
     args.device, args.rank = torch.device("cpu"), 0

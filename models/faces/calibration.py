@@ -7,7 +7,7 @@ from torch import Tensor
 
 FOLDS = 5
 BALANCE = 0.5               # of the logarithm of a class's error rate that is added to its bias, at most
-PRIOR_FACES = 10            # with which every class begins, wrong as often as all are: for classes of few faces
+ERROR_RATE_PRIOR_FACES = 10            # with which every class begins, wrong as often as all are: for classes of few faces
 RIDGE = 1.0                 # pulls slope to 1, the rest to 0 as one face would: settles separable or tiny samples
 
 
@@ -86,7 +86,7 @@ def log_error_rates(log_probs: Tensor, labels: Tensor) -> Tensor:
     overall = (wrong.sum() + 1) / (len(labels) + 2)
     errors = wrong.new_zeros(log_probs.shape[1]).index_add_(0, labels, wrong)
     counts = labels.bincount(minlength=log_probs.shape[1])
-    rates = ((errors + PRIOR_FACES * overall) / (counts + PRIOR_FACES)).log()
+    rates = ((errors + ERROR_RATE_PRIOR_FACES * overall) / (counts + ERROR_RATE_PRIOR_FACES)).log()
     return rates - rates.mean()
 
 

@@ -1,10 +1,6 @@
 """torchrun: join the group, take a part of a list, put the parts together again. One process is the plain case."""
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +8,7 @@ import torch.distributed as dist
 PATIENCE = timedelta(days=7)     # ranks may finish hours apart; one that dies is noticed by torchrun, not by a timeout
 
 
-def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
+def init_distributed(device: torch.device) -> tuple[int, int, torch.device]:
     """(rank, world_size, device) of this process, which joins torchrun's group where there is one.
 
     A CUDA device becomes that of the local rank, and is shared where a machine has more ranks than devices. The group
@@ -35,19 +31,19 @@ def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def leave_distributed() -> None:
+def shutdown_distributed() -> None:
     """The goodbye of a rank that has done its part."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Returns when every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def from_first(value):
+def broadcast_from_rank0(value):
     """Rank 0's `value` (anything that pickles) on every rank; the others' is not looked at."""
     if not dist.is_initialized():
         return value
@@ -56,32 +52,13 @@ def from_first(value):
     return values[0]
 
 
-def my_part(n: int, rank: int, world_size: int) -> range:
+def rank_slice(n: int, rank: int, world_size: int) -> range:
     """Positions of this rank in a list of n: contiguous, in the order of the ranks, sizes at most one apart."""
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 
-def local_share(n: int) -> int:
+def per_local_rank(n: int) -> int:
     """This process's share of n cores of its machine, at least 1."""
     return max(1, n // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-@contextmanager
-def moved_in(path: str | Path) -> Iterator[Path]:
-    """A place beside `path` to write to; what lies there at the end is moved to `path`, whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")      # its ending tells writers the format
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def merge_parts(parts: list[Path], target: str | Path, head: bytes = b"") -> None:
-    """Writes head and then the bytes of all parts, in their order, as one file; memory does not grow with them."""
-    with moved_in(target) as beside, open(beside, "wb") as merged:
-        merged.write(head)
-        for part in parts:
-            with open(part, "rb") as file:
-                shutil.copyfileobj(file, merged, 1 << 20)

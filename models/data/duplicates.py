@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.images import PhotoError, decode_photo
+from models.data.decoding import PhotoError, decode_photo
 
 THUMB = 16                      # side of the grey thumbnails by which pictures are compared
 # Two pictures whose thumbnails correlate this much, one of them mirrored or not, are taken as the same photograph. In
 # UTKFace 590 pairs above it, and 28 mirrored ones, that are not byte-identical are the same photograph saved, toned or
 # cut a little differently; at 0.96 to 0.97 half are two people in one pose.
-NEAR = 0.975
-LENGTH = 4000                   # of a thumbnail as a vector of whole numbers: see near_pairs
-MAX_SIDE = 1024                 # pixels: larger pictures are reduced to this while decoding
+NEAR_DUPLICATE = 0.975
+LENGTH = 4000                   # of a thumbnail as a vector of whole numbers: see near_duplicate_pairs
+FINGERPRINT_MAX_SIDE = 1024                 # pixels: larger pictures are reduced to this while decoding
 BATCH_SIZE = 64                 # pictures a worker reads before it reports
 
 
@@ -62,13 +62,13 @@ class FileBatches(Dataset):
         for position in range(len(self.paths))[batch * BATCH_SIZE:(batch + 1) * BATCH_SIZE]:
             try:
                 data = Path(self.paths[position]).read_bytes()
-                prints.add(position, data, decode_photo(data, MAX_SIDE)[0])
+                prints.add(position, data, decode_photo(data, FINGERPRINT_MAX_SIDE)[0])
             except (PhotoError, OSError):
                 continue
         return prints
 
 
-def group_files(paths: list[str], workers: int, progress: str | None = None) -> list[list[int]]:
+def group_duplicate_files(paths: list[str], workers: int, progress: str | None = None) -> list[list[int]]:
     """Groups of files that are one photograph: lists of positions, each ascending, by first position; singles too.
 
     Every file is decoded once, in worker processes. One that cannot be read is alone.
@@ -78,14 +78,14 @@ def group_files(paths: list[str], workers: int, progress: str | None = None) -> 
         for some in DataLoader(batches, batch_size=None, num_workers=min(workers, len(batches))):
             prints.extend(some)
             bar.update(min(BATCH_SIZE, len(paths) - bar.n))
-    groups = [[prints.positions[i] for i in group] for group in group_same(prints)]
+    groups = [[prints.positions[i] for i in group] for group in group_near_duplicates(prints)]
     return sorted(groups + [[i] for i in set(range(len(paths))) - set(prints.positions)])
 
 
-def group_same(prints: Fingerprints) -> list[list[int]]:
+def group_near_duplicates(prints: Fingerprints) -> list[list[int]]:
     """Groups of pictures that are one photograph: lists of entries, each ascending, by first entry; singles too.
 
-    Two pictures belong together when their bytes are equal or their thumbnails correlate by NEAR; groups are what
+    Two pictures belong together when their bytes are equal or their thumbnails correlate by NEAR_DUPLICATE; groups are what
     such pairs connect.
     """
     thumbs = np.array(prints.thumbs, np.uint8).reshape(-1, THUMB * THUMB)
@@ -100,7 +100,7 @@ def group_same(prints: Fingerprints) -> list[list[int]]:
     first: dict[bytes, int] = {}
     pairs = [(first.setdefault(digest, i), i) for i, digest in enumerate(prints.digests)]
     different = list(first.values())                # a placeholder that is there a thousand times is compared once
-    pairs += [(different[i], different[j]) for i, j in near_pairs(thumbs[different])]
+    pairs += [(different[i], different[j]) for i, j in near_duplicate_pairs(thumbs[different])]
     for i, j in pairs:
         low, high = sorted((root(i), root(j)))
         parent[high] = low
@@ -110,24 +110,24 @@ def group_same(prints: Fingerprints) -> list[list[int]]:
     return list(groups.values())
 
 
-def near_pairs(thumbs: np.ndarray, block: int = 1024) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of thumbnails (n, THUMB * THUMB) uint8 that correlate by NEAR, as they are or one mirrored.
+def near_duplicate_pairs(thumbs: np.ndarray, block: int = 1024) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of thumbnails (n, THUMB * THUMB) uint8 that correlate by NEAR_DUPLICATE, as they are or one mirrored.
 
     All pairs are compared, by matrix products. The vectors hold whole numbers and are LENGTH long, so a product's sums
     stay below 2**24, where float32 is exact: the outcome depends on no machine. A picture of one tone has no pairs.
     """
     mirrored = thumbs.reshape(-1, THUMB, THUMB)[:, :, ::-1].reshape(thumbs.shape)
-    values, others = whole_numbers(thumbs), whole_numbers(np.stack([thumbs, mirrored]))
+    values, others = integer_vectors(thumbs), integer_vectors(np.stack([thumbs, mirrored]))
     pairs, n = [], len(values)
     for i in range(0, n, block):
         for j in range(i, n, 8 * block):                        # in tiles, so that memory does not grow with n
             products = values[i:i + block] @ others[:, j:j + 8 * block].mT                  # (2, block, 8 * block)
-            near = (products.amax(0) >= NEAR * LENGTH ** 2).triu(1 + i - j).nonzero() + torch.tensor([i, j])
+            near = (products.amax(0) >= NEAR_DUPLICATE * LENGTH ** 2).triu(1 + i - j).nonzero() + torch.tensor([i, j])
             pairs += [tuple(pair) for pair in near.tolist()]
     return pairs
 
 
-def whole_numbers(thumbs: np.ndarray) -> Tensor:
+def integer_vectors(thumbs: np.ndarray) -> Tensor:
     """Thumbnails (..., n, d) without their mean, scaled to LENGTH and rounded: float32; those of one tone are zero."""
     values = thumbs - thumbs.mean(-1, keepdims=True, dtype=np.float64)
     length = np.linalg.norm(values, axis=-1, keepdims=True)

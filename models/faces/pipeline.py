@@ -3,9 +3,7 @@
 Whatever the machine shares out, a file's batch companions are those of its chunk of the list: they depend on its
 place in the list alone, and so do, to the last bit, its numbers.
 """
-import csv
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -13,17 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.align import TEMPLATE_SIZE, WHOLE, align_faces
-from models.checkpoint import Checkpoint
-from models.cli import worker_count
-from models.faceset import come_as_crops, cut_crops
-from models.images import PhotoBatch, can_share, first_position, join_batches, load_photos
-from models.mtcnn import MTCNN, Faces
-from models.ranks import local_share
-from models.threads import Cores
+from models.data.batches import PhotoBatch, can_share, first_position, join_batches, load_photos
+from models.faces.align import TEMPLATE_SIZE, WHOLE, align_faces
+from models.faces.checkpoint import Checkpoint
+from models.faces.labelled import is_finished_crop, render_crops_views
+from models.faces.mtcnn import MTCNN, Faces
+from models.running.cli import worker_count
+from models.running.ranks import per_local_rank
+from models.running.threads import OrderedThreadPool
 
-STATUSES = ("ok", "no_face", "unreadable", "too_large")
-UNCERTAIN = "uncertain"     # the answer where the label is too doubtful
 DECODE_BATCH = 16           # pictures decoded, and on a CPU searched for faces, together: 16 of 3 megapixels, 150 MB
 LARGEST_CHUNK = 2048        # files: what an interrupted run does again, at most
 FEW_FILES = 64              # for so many, starting decoding workers takes longer than they save
@@ -58,7 +54,7 @@ class Row:
     error: str = ""
 
 
-class Labeller:
+class Predictor:
     """The network of one checkpoint, ready for inference on a device: views -> probabilities.
 
     Its convolutions are bfloat16 on a CPU that multiplies it: by matrices (AMX) four times as fast as float32, by
@@ -126,10 +122,10 @@ def decode_workers(asked: int | None, n_files: int, device: torch.device) -> int
     """
     if asked is not None:
         return asked
-    return local_share(worker_count()) if device.type == "cuda" and n_files >= FEW_FILES and can_share() else 0
+    return per_local_rank(worker_count()) if device.type == "cuda" and n_files >= FEW_FILES and can_share() else 0
 
 
-def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings: Settings,
+def classify_files(photos, predictor: Predictor, detector: MTCNN | None, settings: Settings,
                    chunks: Iterable[int] | None = None) -> Iterator[tuple[int, list[Row]]]:
     """(chunk, its rows) for chunks of a list of pictures, rows by position and face; decoding goes on meanwhile.
 
@@ -141,11 +137,11 @@ def classify_files(photos, labeller: Labeller, detector: MTCNN | None, settings:
     per_chunk = size // DECODE_BATCH
     chunks = range(count_chunks(len(photos))) if chunks is None else chunks
     numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
-    with Cores(labeller.device, lone_caller=True) as cores:
-        batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers, cores=cores)
-        batches = join_batches(batches, size, labeller.device)
-        found = cores.in_turn(lambda batch: find_faces(batch, size, labeller, detector, settings), batches)
-        labelled = cores.in_turn(lambda some: label_faces(some, labeller, settings),
+    with OrderedThreadPool(predictor.device, single_threaded_caller=True) as pool:
+        batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers, pool=pool)
+        batches = join_batches(batches, size, predictor.device)
+        found = pool.ordered_map(lambda batch: find_faces(batch, size, predictor, detector, settings), batches)
+        labelled = pool.ordered_map(lambda some: label_faces(some, predictor, settings),
                                  full_batches(found, settings.batch_size))
         for chunk, its in itertools.groupby(labelled, lambda some: some.chunk):
             yield chunk, sorted((row for some in its for row in some.faces + some.without),
@@ -175,27 +171,27 @@ def full_batches(found: Iterable[Found], batch_size: int) -> Iterator[Found]:
         yield Found(chunk, faces, views, without)
 
 
-def label_faces(found: Found, labeller: Labeller, settings: Settings) -> Found:
+def label_faces(found: Found, predictor: Predictor, settings: Settings) -> Found:
     """The same, its faces with their probabilities."""
-    probs = labeller.probs(torch.stack(found.views), settings.flip) if found.faces else ()
+    probs = predictor.probs(torch.stack(found.views), settings.flip) if found.faces else ()
     for row, its in zip(found.faces, probs, strict=True):
         row.probs = its
     return replace(found, views=[])
 
 
-def find_faces(batch: PhotoBatch, size: int, labeller: Labeller, detector: MTCNN | None, settings: Settings) -> Found:
+def find_faces(batch: PhotoBatch, size: int, predictor: Predictor, detector: MTCNN | None, settings: Settings) -> Found:
     """The faces of a batch of pictures of a list in chunks of `size`, those of finished crops first."""
-    batch = replace(batch, images=batch.images.to(labeller.device))
+    batch = replace(batch, images=batch.images.to(predictor.device))
     crops = torch.zeros(len(batch.positions), dtype=torch.bool)
     if settings.align == "never":
         crops = torch.ones_like(crops)
     elif settings.align == "auto":
-        crops = come_as_crops(batch.sizes, labeller.spec.chips)
-    parts = [crop_rows(take(batch, crops), labeller.spec, settings)]
+        crops = is_finished_crop(batch.sizes, predictor.spec.chips)
+    parts = [crop_rows(take(batch, crops), predictor.spec, settings)]
     if not crops.all():
         photos = take(batch, ~crops)
         search = detector.detect_largest if settings.faces == "largest" else detector.detect
-        parts.append(photo_rows(photos, search(photos.images, photos.sizes), labeller.spec, settings))
+        parts.append(photo_rows(photos, search(photos.images, photos.sizes), predictor.spec, settings))
     rows = [row for its_rows, _ in parts for row in its_rows]
     without = [Row(position, -1, status, error=why) for position, status, why in batch.failures]
     return Found(first_position(batch) // size, [row for row in rows if row.status == "ok"],
@@ -216,10 +212,10 @@ def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], T
     square = batch.sizes[:, 0] == batch.sizes[:, 1]
     crops = take(batch, square)
     found = crops.images, crops.sizes
-    views = cut_crops(*found, spec.window, spec.input_size, spec.template, spec.chips)
+    views = render_crops_views(*found, spec.window, spec.input_size, spec.template, spec.chips)
     shown = [None] * len(views)
     if settings.crops:
-        shown = cut_crops(*found, WHOLE, TEMPLATE_SIZE, chips=spec.chips).cpu()
+        shown = render_crops_views(*found, WHOLE, TEMPLATE_SIZE, chips=spec.chips).cpu()
     rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
     for i in (~square).nonzero()[:, 0].tolist():
         height, width = batch.sizes[i].tolist()
@@ -259,43 +255,3 @@ def photo_rows(batch: PhotoBatch, faces: Faces, spec, settings: Settings) -> tup
     return rows + [Row(batch.positions[i], -1, "no_face") for i in empty], views
 
 
-def columns(classes: tuple[str, ...]) -> list[str]:
-    """The columns of predictions.csv for a checkpoint's classes."""
-    return ["file", "face", "status", "ethnicity", "confidence", *(f"p_{name}" for name in classes), "set",
-            "x1", "y1", "x2", "y2", "detector_score", "error"]
-
-
-def label_name(name: str) -> str:
-    """A class name as it stands in the results: never with a space, so that the last space of a line divides it."""
-    return "_".join(name.split())
-
-
-def csv_line(name: str, row: Row, label: str, chosen: str, n_classes: int) -> str:
-    """A line of predictions.csv. label: the answer, chosen: the prediction set, both '' without a face."""
-    probs = row.probs.tolist() if row.status == "ok" else []
-    # Seven digits: with fewer, equal rows are no sign of a repeated picture (shares.distinct_faces).
-    numbers = [f"{p:.7f}" for p in (max(probs), *probs)] if probs else [""] * (1 + n_classes)
-    box = [f"{value:.2f}" for value in row.box] if row.box else [""] * 4
-    score = "" if row.score is None else f"{row.score:.6f}"
-    cells = [quoted(name), str(row.face), row.status, quoted(label), *numbers, quoted(chosen), *box, score,
-             quoted(row.error)]
-    return ",".join(cells) + "\n"
-
-
-def quoted(text: str) -> str:
-    """A cell of a CSV; Python's csv, before 3.13, leaves a bare carriage return that it cannot read back."""
-    if any(mark in text for mark in ',"\r\n'):
-        return '"' + text.replace('"', '""') + '"'
-    return text
-
-
-def read_predictions(path: str | os.PathLike, names: list[str] | None = None) -> Iterator[dict[str, str]]:
-    """The rows of a predictions.csv as they stand, one at a time. names: the columns, where no first line has them.
-
-    Raises ValueError for a file of another kind.
-    """
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, names)
-        if not {"file", "face", "status", "ethnicity", "confidence"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} is no predictions.csv: its first line is {reader.fieldnames}")
-        yield from reader

@@ -116,7 +116,7 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
     to_photo = invert_similarity(fit_similarity(landmarks.cpu(), torch.tensor(template)))
     image_index = image_index.cpu()
     extent = sizes.cpu()[image_index].flip(1)
-    first, last = looked_at(to_photo, window, extent)
+    first, last = source_rectangles(to_photo, window, extent)
     to_photo[:, :, 2] -= first
     views = torch.empty(len(landmarks), 3, side, side, dtype=torch.uint8, device=images.device)
     where = list(zip(image_index.tolist(), first.tolist(), last.tolist(), strict=True))
@@ -129,11 +129,11 @@ def align_faces(images: Tensor, sizes: Tensor, image_index: Tensor, landmarks: T
         for row, columns, its_rows in zip(rows, *axes, strict=True):
             i, (left, top), (right, bottom) = where[row]
             part = images[i, None, :, top:bottom, left:right].float()
-            views[row] = whole_numbers(sample_mean(part, columns, its_rows))[0]
+            views[row] = round_to_int16(sample_mean(part, columns, its_rows))[0]
     return views
 
 
-def looked_at(to_photo: Tensor, window: tuple, extent: Tensor) -> tuple[Tensor, Tensor]:
+def source_rectangles(to_photo: Tensor, window: tuple, extent: Tensor) -> tuple[Tensor, Tensor]:
     """The rectangles of photographs that the windows of n faces lie in: first pixel, and the one after the last, xy.
 
     What is not looked at need not become floats. A rectangle ends where the photograph, of extent (n, 2) (width,
@@ -153,13 +153,13 @@ def crop_views(crops: Tensor, window: tuple, side: int, template: tuple = TEMPLA
     The crops show all of the template `shown` at any resolution R (112 as handed around, finer from the builder); the
     window is one of `template`, a checkpoint's own, to which the similarity between the two templates leads.
     """
-    to_crop = template_pixels(between_templates(template, shown), crops.shape[-1] / TEMPLATE_SIZE)
+    to_crop = template_pixels(template_similarity(template, shown), crops.shape[-1] / TEMPLATE_SIZE)
     views = sample_views(crops.float(), to_crop, window, side, *count_samples(to_crop, window, side))
-    return whole_numbers(views).to(torch.uint8)
+    return round_to_int16(views).to(torch.uint8)
 
 
 @functools.lru_cache
-def between_templates(source: tuple, target: tuple) -> Tensor:
+def template_similarity(source: tuple, target: tuple) -> Tensor:
     """The similarity (1, 2, 3) from the coordinates of one template to those of another."""
     return invert_similarity(fit_similarity(torch.tensor([target]), torch.tensor(source)))
 
@@ -171,6 +171,6 @@ def template_pixels(to_template: Tensor, scale: float) -> Tensor:
     return moved
 
 
-def whole_numbers(views: Tensor) -> Tensor:
+def round_to_int16(views: Tensor) -> Tensor:
     """Float pictures rounded to 0..255, int16: a CPU makes bytes of these nine times as fast as of floats."""
     return views.round_().clamp_(0, 255).to(torch.int16)

@@ -21,7 +21,7 @@ import numpy as np
 METHODS = ("raw", "adjusted", "probabilistic", "em")
 # Within the domain em errs twice as much (1.06 against 0.54 points at 1,000 faces, raw 2.53), and it cannot use faces
 # that the user labelled: on other people's pictures it stays at 6 points where this one falls to 2.7.
-DEFAULT = "probabilistic"
+DEFAULT_METHOD = "probabilistic"
 CONFIDENCE_BINS = 5         # per predicted label, in the test of the assumption
 FIT_LEVEL = 0.01            # p value below which the warning is given
 FLOOR = 1e-9                # of probabilities: no face is impossible
@@ -29,7 +29,7 @@ FLOOR = 1e-9                # of probabilities: no face is impossible
 # error of a share with 50 own faces: 6.5 points by these alone, 5.9 by validation alone, 4.8 with 10; with 300:
 # 3.4, 5.9, 3.1. 5 and 20 do about as well. On FairFace by the UTKFace model (benchmarks/shares.py, 1,000 faces): 7.3
 # without own faces; 4.7, 4.0 and 2.7 with 50, 100 and 300.
-PRIOR_FACES = 10
+REFERENCE_PRIOR_FACES = 10
 
 
 def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.ndarray, *, n_boot: int = 500,
@@ -63,7 +63,7 @@ def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.nda
     """
     probs, val_probs, val_labels, own_probs, own_labels = check_inputs(probs, val_probs, val_labels, reference)
     n, n_classes = probs.shape
-    report = {"n": n, "n_distinct": 0, "n_val": len(val_labels), "n_reference": len(own_labels), "default": DEFAULT,
+    report = {"n": n, "n_distinct": 0, "n_val": len(val_labels), "n_reference": len(own_labels), "default": DEFAULT_METHOD,
               "counts": np.bincount(probs.argmax(1), minlength=n_classes).tolist()}
     if n == 0:
         nothing = {"shares": None, "low": [0.0] * n_classes, "high": [1.0] * n_classes,
@@ -187,7 +187,7 @@ class ErrorModel:
         self.rows, self.weights, self.sizes = [], [], np.zeros(len(self.prior), dtype=np.int64)
         for k in range(len(self.prior)):
             val_rows, own_rows = np.flatnonzero(val_labels == k), np.flatnonzero(own_labels == k)
-            worth = min(PRIOR_FACES, len(val_rows)) if len(own_labels) else len(val_rows)
+            worth = min(REFERENCE_PRIOR_FACES, len(val_rows)) if len(own_labels) else len(val_rows)
             weights = np.repeat([worth / len(val_rows), 1.0], [len(val_rows), len(own_rows)])
             self.sizes[k] = worth + len(own_rows)
             self.rows.append(np.append(val_rows, len(val_probs) + own_rows))
@@ -219,8 +219,8 @@ class Replicates:
         n_distinct = max(1, round(n ** 2 / (copies ** 2).sum()))
         self.shares = rng.multinomial(n_distinct, self.centre, n_boot) / n_distinct
         sizes = np.maximum(1, np.rint(n * self.shares * distinct)).astype(np.int64)
-        self.drawn = [resample(sizes[:, k], weights, rng) for k, weights in enumerate(model.weights)]
-        self.again = [resample(np.full(n_boot, size), weights, rng)
+        self.drawn = [draw_weights(sizes[:, k], weights, rng) for k, weights in enumerate(model.weights)]
+        self.again = [draw_weights(np.full(n_boot, size), weights, rng)
                       for size, weights in zip(model.sizes, model.weights, strict=True)]
 
     def collection_means(self, features: np.ndarray, model: ErrorModel) -> np.ndarray:
@@ -232,7 +232,7 @@ class Replicates:
         return np.stack([self.again[k] @ features[rows] for k, rows in enumerate(model.rows)], 2)
 
 
-def resample(sizes: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_weights(sizes: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draws by weights (m,), with replacement, as many in each row as sizes (B,) says; as weights again, (B, m)."""
     m = len(weights)
     if sizes.sum() > 4 * len(sizes) * m:                # one by one, draws from so few things would take memory

@@ -17,10 +17,10 @@ import torchvision
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from models.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE
-from models.calibration import Calibration
-from models.classifier import FaceClassifier, FaceSpec, empty_resnet18
-from models.ranks import moved_in
+from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE
+from models.faces.calibration import Calibration
+from models.faces.classifier import FaceClassifier, FaceSpec, empty_resnet18
+from models.running.files import atomic_write
 
 FORMAT = 1
 CHIP_SIZE = 200
@@ -67,7 +67,7 @@ class Checkpoint:
 def save_atomically(content: dict, path: str | Path) -> None:
     """torch.save: the file is whole or not there at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with moved_in(path) as beside:
+    with atomic_write(path) as beside:
         torch.save(content, beside)
 
 
@@ -146,7 +146,7 @@ def describe(content) -> str:
     return ", ".join(keys[:3]) + (f", ... ({len(keys)} keys)" if len(keys) > 3 else "") if keys else "no keys"
 
 
-class PassedOver:
+class IgnoredObject:
     """Stands for a class or function that a file names: takes whatever it is given, and does nothing."""
 
     def __init__(self, *args):
@@ -174,7 +174,7 @@ def read_tensors(path: str | Path):
 
 
 def read_past_objects(path: str | Path, refusal: pickle.UnpicklingError):
-    """A Lightning checkpoint that weights_only refuses for its hyper-parameters: they become PassedOver objects.
+    """A Lightning checkpoint that weights_only refuses for its hyper-parameters: they become IgnoredObject objects.
 
     weights_only looks names up and imports nothing, so standing in for every name it does not know is safe. Raises
     `refusal` for any other file, and CheckpointError, which says what to do, where the objects can't be passed over.
@@ -184,7 +184,7 @@ def read_past_objects(path: str | Path, refusal: pickle.UnpicklingError):
     except (ValueError, pickle.UnpicklingError):                # torch.save of old, or none of its files
         raise (CheckpointError(RESAVE) if "Unsupported global" in str(refusal) else refusal) from None
     try:
-        with safe_globals([(PassedOver, name) for name in names]):
+        with safe_globals([(IgnoredObject, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(RESAVE) from None

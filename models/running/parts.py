@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from models.cli import Parser
-from models.ranks import from_first
+from models.running.cli import Parser
+from models.running.ranks import broadcast_from_rank0
 
 
 class PartsError(Exception):
@@ -29,14 +29,14 @@ def open_parts(parser: Parser, folder: Path, asked: dict, begin: Callable[[Path]
     problem = ""
     if rank == 0:
         try:
-            prepare(folder, asked, begin, resume, overwrite)
+            prepare_parts(folder, asked, begin, resume, overwrite)
         except PartsError as error:
             problem = str(error)
-    if problem := from_first(problem):
+    if problem := broadcast_from_rank0(problem):
         parser.error(problem) if rank == 0 else parser.exit(2)
 
 
-def prepare(folder: Path, asked: dict, begin: Callable[[Path], None], resume: bool, overwrite: bool) -> None:
+def prepare_parts(folder: Path, asked: dict, begin: Callable[[Path], None], resume: bool, overwrite: bool) -> None:
     """What open_parts does, for the one process that does it."""
     asked = json.loads(json.dumps(asked))                       # tuples become lists, as they come back from the file
     if resume and (folder / "run.json").exists():
@@ -59,7 +59,7 @@ def prepare(folder: Path, asked: dict, begin: Callable[[Path], None], resume: bo
 
 def missing_parts(folder: Path, n_chunks: int, kind: str) -> list[int]:
     """The chunks that have no part of a kind yet, as rank 0 sees it for all ranks."""
-    return from_first([chunk for chunk in range(n_chunks) if not part_path(folder, chunk, kind).exists()])
+    return broadcast_from_rank0([chunk for chunk in range(n_chunks) if not part_path(folder, chunk, kind).exists()])
 
 
 def part_path(folder: Path, chunk: int, kind: str) -> Path:
