@@ -78,10 +78,16 @@ class Predictor:
     @torch.inference_mode()
     def probs(self, views: Tensor, flip: bool = False) -> Tensor:
         """views (n, 3, S, S) uint8 -> probabilities (n, C) float32 on the CPU; n may be 0."""
+        return self.checkpoint.probs(self.logits(views, flip)).cpu()
+
+    @torch.inference_mode()
+    def logits(self, views: Tensor, flip: bool = False) -> Tensor:
+        """views (n, 3, S, S) uint8 -> logits (n, C) float32 on the device; n may be 0.
+
+        With `flip` the mean of the logits of each view and of its mirror image (test-time augmentation).
+        """
         logits = self.network(views)
-        if flip:
-            logits = (logits + self.network(views.flip(3))) / 2
-        return self.checkpoint.probs(logits).cpu()
+        return (logits + self.network(views.flip(3))) / 2 if flip else logits
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
