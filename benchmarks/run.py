@@ -346,7 +346,7 @@ def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
         faces = detector.detect(images, batch.sizes)
         align_faces(images, batch.sizes, faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
         faces = Faces(*(value.cpu() for value in vars(faces).values()))
-        return {i: faces.take(faces.image_index == k) for k, i in enumerate(batch.positions)}
+        return {i: faces.select(faces.image_index == k) for k, i in enumerate(batch.positions)}
 
     found = {}
     with OrderedThreadPool(device) as pool:

@@ -119,7 +119,7 @@ def test_the_largest_face_is_the_same_where_fine_levels_are_left_out(detector, a
     check_rows(some)
     assert torch.equal(some.image_index, some.image_index.sort().values)
     for i in range(len(pictures)):
-        all_of, of_some = every.take(every.image_index == i), some.take(some.image_index == i)
+        all_of, of_some = every.select(every.image_index == i), some.select(some.image_index == i)
         assert bool(len(all_of.boxes)) == bool(len(of_some.boxes)) == (i in (0, 1, 3))
         if len(all_of.boxes):
             rows = [(f.boxes[:, 2:] - f.boxes[:, :2]).prod(1).argmax() for f in (all_of, of_some)]

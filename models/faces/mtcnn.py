@@ -32,7 +32,7 @@ class Faces:
     landmarks: Tensor           # (n, 5, 2) float32, xy pixels: left eye, right eye, nose, left, right mouth corner
     image_index: Tensor         # (n,) int64, ascending; the faces of one image by descending score
 
-    def take(self, rows: Tensor) -> "Faces":
+    def select(self, rows: Tensor) -> "Faces":
         """Some of the faces: rows (k,) int64, or (n,) bool."""
         return Faces(*(value[rows] for value in vars(self).values()))
 
@@ -91,9 +91,9 @@ class MTCNN(nn.Module):
         rest = ~done[image_index]
         image_index, order = torch.cat([image_index[rest], finer_index]).sort(stable=True)
         more = self.examine(images, sizes, torch.cat([boxes[rest], finer])[order], image_index)
-        sure = faces.take(done[faces.image_index])
+        sure = faces.select(done[faces.image_index])
         both = Faces(*map(torch.cat, zip(vars(sure).values(), vars(more).values(), strict=True)))
-        return both.take(both.image_index.argsort(stable=True))
+        return both.select(both.image_index.argsort(stable=True))
 
     def examine(self, images: Tensor, sizes: Tensor, boxes: Tensor, image_index: Tensor) -> Faces:
         """Stages 2 and 3: the faces among candidate boxes."""
