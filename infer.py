@@ -387,7 +387,7 @@ def print_summary(tally: Tally, n_files: int, seconds: float, classes: tuple[str
 def label_reference(reference: FaceSet, predictor: Predictor, detector: MTCNN | None,
                     settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (r, C) and labels (r,) of the faces found in the pictures of --reference."""
-    settings = replace(settings, align="never" if reference.finished else settings.align, faces="largest", crops=False)
+    settings = replace(settings, align="never" if reference.is_aligned else settings.align, faces="largest", crops=False)
     rows = [row for _, rows in classify_files(reference.paths(), predictor, detector, settings)
             for row in rows if row.status == "ok"]
     probs = np.stack([row.probs.numpy() for row in rows]) if rows else np.zeros((0, len(predictor.spec.classes)))

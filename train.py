@@ -126,7 +126,7 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str, side: bool
     for i, faces in enumerate(sets):
         part = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
         good, n_faceless = torch.ones(len(faces), dtype=torch.bool), 0
-        for batch in align_set(faces.paths(), faces.finished, detector, WHOLE, resolution, workers=args.workers,
+        for batch in align_set(faces.paths(), faces.is_aligned, detector, WHOLE, resolution, workers=args.workers,
                                progress=f"{what} {args.data[i]}" if args.rank == 0 else None):
             part[batch.positions] = batch.views
             n_faceless += len(batch.positions) if batch.aligned_by == "template" else 0

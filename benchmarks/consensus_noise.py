@@ -189,7 +189,7 @@ def describe_set(parser: cli.Parser, args, checkpoint: Checkpoint, split: str) -
     faces = open_faceset(parser, Namespace(**vars(args), split=split), checkpoint.spec.classes)
     network, spec = Features(checkpoint, args.device), checkpoint.spec
     features, said = np.zeros((len(faces), network.head.in_features), np.float32), np.full(len(faces), -1)
-    for batch in align_set(faces.paths(), faces.finished, MTCNN().to(args.device), spec.window, spec.input_size,
+    for batch in align_set(faces.paths(), faces.is_aligned, MTCNN().to(args.device), spec.window, spec.input_size,
                            template=spec.template, chips=spec.chips, workers=args.workers, progress=split):
         found = network(batch.views.to(args.device))
         features[batch.positions] = found.cpu().numpy()

@@ -511,7 +511,7 @@ def bench_epoch(bench: Bench) -> Result:
     args.rank, args.world_size, args.device = init_distributed(args.device)
     paths = bench.crops(n, RESOLUTION)
     labels = torch.tensor([int(Path(path).name.split("_")[2]) for path in paths])
-    faces = FaceSet(Path(), paths, labels, builder.CLASSES, finished=True)
+    faces = FaceSet(Path(), paths, labels, builder.CLASSES, is_aligned=True)
     side = recipe.sizes[-1][1]
     with redirect_stderr(io.StringIO()):
         data = train.load_crops([faces], train.working_resolution(recipe.window, side), args, "train",

@@ -71,7 +71,7 @@ def number_groups(faces: FaceSet, workers: int) -> np.ndarray:
 def describe(faces: FaceSet, describer, args) -> tuple[np.ndarray, dict[int, str]]:
     """The pictures' 128 numbers (N, 128) float64, and the reason why by row of those that cannot be read."""
     numbers, reasons = np.full((len(faces), 128), np.nan), {}
-    for batch in align_set(faces.paths(), faces.finished, MTCNN(min_face_size=40), CHIP_WINDOW, CHIP_SIDE,
+    for batch in align_set(faces.paths(), faces.is_aligned, MTCNN(min_face_size=40), CHIP_WINDOW, CHIP_SIDE,
                            workers=args.workers, progress=f"describing {faces.root}"):
         reasons |= {row: f"{status}: {reason}" for row, status, reason in batch.failures}
         if batch.positions:

@@ -229,7 +229,7 @@ def test_no_align_copies_the_bytes(tmp_path, chips):
     for row in rows_of(built / "manifest.csv"):
         assert (built / row["file"]).read_bytes() == chips[row["file"].split("/")[-1]]
         assert row["aligned_by"] == "none"
-    assert not read_faceset(built, "val").finished
+    assert not read_faceset(built, "val").is_aligned
 
 
 def test_a_listed_split_is_followed_whole(tmp_path, chips):

@@ -39,7 +39,7 @@ def builder_folder(tmp_path):
 
 def test_a_built_set_has_the_classes_of_its_json_in_their_order(builder_folder):
     faces = read_faceset(builder_folder, "val")
-    assert faces.classes == CLASSES and faces.finished and faces.unmatched == ()
+    assert faces.classes == CLASSES and faces.is_aligned and faces.unmatched == ()
     assert faces.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert faces.files[:3] == ["val/0/0.png", "val/0/1.png", "val/1/0.png"]
     assert Image.open(faces.paths()[-1]).size == (8, 8)
@@ -62,7 +62,7 @@ def test_class_folders_without_splits_or_json(tmp_path):
     for name in ("White", "East_Asian", "Southeast_Asian", "Indian", "Black"):
         put(tmp_path / name / "a.png")
     faces = read_faceset(tmp_path, "test")
-    assert faces.classes == ("Black", "East_Asian", "Indian", "Southeast_Asian", "White") and not faces.finished
+    assert faces.classes == ("Black", "East_Asian", "Indian", "Southeast_Asian", "White") and not faces.is_aligned
     joined = read_faceset(tmp_path, "test", {"East_Asian": "Asian", "Southeast_Asian": "Asian"}, CLASSES)
     assert torch.bincount(joined.labels).tolist() == [1, 1, 2, 1] and joined.unmatched == ()
     partly = read_faceset(tmp_path, "test", {"East_Asian": "Asian"}, CLASSES)
@@ -123,7 +123,7 @@ def test_subset_keeps_everything_else(builder_folder):
     faces = read_faceset(builder_folder, "train")
     some = faces.subset([11, 0])
     assert some.files == [faces.files[11], faces.files[0]] and some.labels.tolist() == [3, 0]
-    assert (some.root, some.classes, some.finished) == (faces.root, faces.classes, faces.finished)
+    assert (some.root, some.classes, some.is_aligned) == (faces.root, faces.classes, faces.is_aligned)
 
 
 def test_central_face_is_the_large_one_in_the_middle():

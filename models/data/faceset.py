@@ -27,7 +27,7 @@ class FaceSet:
     files: list[str]                    # relative to root, '/'-separated, or absolute
     labels: Tensor                      # (N,) int64 positions in classes
     classes: tuple[str, ...]
-    finished: bool
+    is_aligned: bool
     unmatched: tuple[str, ...] = ()     # class folders left out, because `classes` has no such name
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class FaceSet:
 
     def subset(self, rows: list[int]) -> "FaceSet":
         """The same set with some of its pictures."""
-        return FaceSet(self.root, [self.files[row] for row in rows], self.labels[rows], self.classes, self.finished,
+        return FaceSet(self.root, [self.files[row] for row in rows], self.labels[rows], self.classes, self.is_aligned,
                        self.unmatched)
 
 
