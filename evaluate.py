@@ -185,7 +185,7 @@ def classify(faces: FaceSet, checkpoint: Checkpoint, args, through_112: bool = F
     logits = torch.full((len(faces), len(spec.classes)), torch.nan)
     aligned_by, unreadable = [""] * len(faces), []
     for batch in align_set(faces.paths(), faces.is_aligned, MTCNN().to(args.device), window, side,
-                           template=template, chips=spec.chips, batch_size=args.batch_size, workers=args.workers,
+                           template=template, chips=spec.chip_geometry, batch_size=args.batch_size, workers=args.workers,
                            progress=f"{args.name}, 112 px" if through_112 else args.name):
         views = (crop_views(recompress(batch.views), spec.window, spec.input_size, spec.template) if through_112
                  else batch.views)

@@ -190,7 +190,7 @@ def describe_set(parser: cli.Parser, args, checkpoint: Checkpoint, split: str) -
     network, spec = Features(checkpoint, args.device), checkpoint.spec
     features, said = np.zeros((len(faces), network.head.in_features), np.float32), np.full(len(faces), -1)
     for batch in align_set(faces.paths(), faces.is_aligned, MTCNN().to(args.device), spec.window, spec.input_size,
-                           template=spec.template, chips=spec.chips, workers=args.workers, progress=split):
+                           template=spec.template, chips=spec.chip_geometry, workers=args.workers, progress=split):
         found = network(batch.views.to(args.device))
         features[batch.positions] = found.cpu().numpy()
         said[batch.positions] = checkpoint.probs(network.head(found).detach()).argmax(1).cpu().numpy()

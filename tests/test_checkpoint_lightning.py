@@ -171,7 +171,7 @@ def test_in_a_labelled_set_a_chip_is_a_chip_unless_the_set_is_one_of_crops(publi
     chip.save(tmp_path / "chip.png")
     for finished, shown in ((False, spec.template), (True, TEMPLATE)):
         batch, = align_set([str(tmp_path / "chip.png")], finished, MTCNN(), spec.window, spec.input_size,
-                           template=spec.template, chips=spec.chips)
+                           template=spec.template, chips=spec.chip_geometry)
         wanted = crop_views(bytes_of(chip), spec.window, spec.input_size, spec.template, shown)
         assert batch.aligned_by == "crop" and torch.equal(batch.views, wanted)
 
@@ -188,7 +188,7 @@ def test_a_spec_with_chips_survives_our_own_format(published, tmp_path):
     checkpoint = load_checkpoint(published["resnet"][0])
     save_checkpoint(tmp_path / "own.pt", checkpoint)
     again = load_checkpoint(tmp_path / "own.pt")
-    assert again.spec == checkpoint.spec and again.spec.chips == (200, checkpoint.spec.template)
+    assert again.spec == checkpoint.spec and again.spec.chip_geometry == (200, checkpoint.spec.template)
     assert checkpoint.lightning and not again.lightning
 
 

@@ -24,7 +24,7 @@ class FaceSpec:
     chip_size: int | None = None
 
     @property
-    def chips(self) -> tuple[int, tuple] | None:
+    def chip_geometry(self) -> tuple[int, tuple] | None:
         """(side, template) of those pictures."""
         return self.chip_size and (self.chip_size, self.template)
 

@@ -192,7 +192,7 @@ def find_faces(batch: PhotoBatch, size: int, predictor: Predictor, detector: MTC
     if settings.align == "never":
         crops = torch.ones_like(crops)
     elif settings.align == "auto":
-        crops = is_finished_crop(batch.sizes, predictor.spec.chips)
+        crops = is_finished_crop(batch.sizes, predictor.spec.chip_geometry)
     parts = [crop_rows(take(batch, crops), predictor.spec, settings)]
     if not crops.all():
         photos = take(batch, ~crops)
@@ -218,10 +218,10 @@ def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], T
     square = batch.sizes[:, 0] == batch.sizes[:, 1]
     crops = take(batch, square)
     found = crops.images, crops.sizes
-    views = render_crops_views(*found, spec.window, spec.input_size, spec.template, spec.chips)
+    views = render_crops_views(*found, spec.window, spec.input_size, spec.template, spec.chip_geometry)
     shown = [None] * len(views)
     if settings.crops:
-        shown = render_crops_views(*found, WHOLE, TEMPLATE_SIZE, chips=spec.chips).cpu()
+        shown = render_crops_views(*found, WHOLE, TEMPLATE_SIZE, chips=spec.chip_geometry).cpu()
     rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
     for i in (~square).nonzero()[:, 0].tolist():
         height, width = batch.sizes[i].tolist()
