@@ -165,7 +165,7 @@ def has_splits(args) -> bool:
 
 def is_another_split(checkpoint: Checkpoint, args) -> bool:
     """Whether --data is a builder's set whose training pictures are not those the checkpoint was trained on."""
-    trained_on = checkpoint.about.get("train_files")
+    trained_on = checkpoint.metadata.get("train_files")
     if trained_on is None or not read_faceset_json(Path(args.data)) or not (Path(args.data) / "train").is_dir():
         return False
     try:

@@ -818,7 +818,7 @@ def warn_of_seen(teachers: list[Checkpoint | dict], args) -> None:
     if args.init not in ("random", "imagenet"):
         networks.append(("--init", args.init, load_checkpoint(args.init)))
     for flag, path, network in networks:
-        seen = network.about.get("train_files")
+        seen = network.metadata.get("train_files")
         if seen and not set(args.train_files.values()) <= set(seen.values()):
             print(f"warning: {flag} {path} was trained on another choice of pictures; where it is of the same sets, "
                   "validation here may hold some of them, and tell too well of the network")

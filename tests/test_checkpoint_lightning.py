@@ -135,7 +135,7 @@ def test_a_layout_gives_the_logits_of_its_documented_input(published, part, clas
         torch.load(path, weights_only=True)                     # the fixture does hold what is refused
     checkpoint = load_checkpoint(path)
     spec, classifier = checkpoint.spec, checkpoint.classifier(torch.device("cpu"))
-    assert spec.classes == classes and checkpoint.calibration is None and checkpoint.about == {"epoch": 1}
+    assert spec.classes == classes and checkpoint.calibration is None and checkpoint.metadata == {"epoch": 1}
     assert checkpoint.model.keys() == network.state_dict().keys()
     pictures, inputs = zip(*(picture_of(part, label) for label in range(4)), strict=True)
     theirs = logits_of(network, torch.stack(inputs))
@@ -214,7 +214,7 @@ def test_what_can_not_be_passed_over_is_explained_in_a_line(tmp_path):
 def test_objects_are_passed_over_in_lightning_files_alone(tmp_path):
     spec = FaceSpec(("a", "b"), TEMPLATE, WHOLE, 32)
     save_checkpoint(tmp_path / "own.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict(),
-                                                    about={"args": Trap(tmp_path / "fired", touch)}))
+                                                    metadata={"args": Trap(tmp_path / "fired", touch)}))
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint .*touch"):
         load_checkpoint(tmp_path / "own.pt")
     assert not (tmp_path / "fired").exists()

@@ -184,7 +184,7 @@ def test_calibrate_adds_to_the_checkpoint_and_changes_nothing_else(built, traine
     before = load_checkpoint(path)
     run(built, path, tmp_path, "--calibrate")
     after = load_checkpoint(path)
-    assert (after.spec, after.about) == (before.spec, before.about)
+    assert (after.spec, after.metadata) == (before.spec, before.metadata)
     assert all(torch.equal(after.model[key], value) for key, value in before.model.items())
     assert after.calibration.val_labels.tolist() == [label for label in range(4) for _ in range(10)]
     scores = json.loads((tmp_path / "val_metrics.json").read_text())["calibration"]
@@ -218,7 +218,7 @@ def test_another_split_than_the_one_trained_on_is_said(built, trained, tmp_path,
     shutil.copytree(data / "val", data / "train")
     _, args = evaluate.parse_args(["--data", str(data)])
     assert not evaluate.is_another_split(told, args)                # it does not say what it was trained on
-    told.about["train_files"] = {"data": faceset_digest([f"{i}.png" for i in range(10)] * 4)}
+    told.metadata["train_files"] = {"data": faceset_digest([f"{i}.png" for i in range(10)] * 4)}
     assert not evaluate.is_another_split(told, args)
     (data / "train" / "0" / "0.png").rename(data / "train" / "0" / "new.png")
     assert evaluate.is_another_split(told, args)

@@ -336,7 +336,7 @@ def test_it_learns_and_the_checkpoint_says_everything(drawn_set, tmp_path, small
     rows = [json.loads(line) for line in (tmp_path / "a.log.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[0]["input_size"] == 32 and rows[-1]["input_size"] == 40
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-    assert checkpoint.about["best"]["val_accuracy"] == max(r["val_accuracy"] for r in rows if r["input_size"] == 40)
+    assert checkpoint.metadata["best"]["val_accuracy"] == max(r["val_accuracy"] for r in rows if r["input_size"] == 40)
 
 
 def test_initialising_from_a_checkpoint(drawn_set, tmp_path, small_recipe):
@@ -492,7 +492,7 @@ def test_another_flag_is_not_mixed_into_a_resumed_run(drawn_set, tmp_path, small
 def test_impatience_before_the_final_size_still_gives_a_checkpoint(drawn_set, tmp_path, small_recipe):
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "6", "--patience", "1", "--vis_dir",
         str(tmp_path))
-    assert load_checkpoint(tmp_path / "a.pt").about["epoch"] >= 4
+    assert load_checkpoint(tmp_path / "a.pt").metadata["epoch"] >= 4
 
 
 def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, capsys):

@@ -45,14 +45,14 @@ class CheckpointError(Exception):
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint. `about` holds the rest: epoch, best, args, recipe, versions, train_files.
+    """A loaded checkpoint. `metadata` holds the rest: epoch, best, args, recipe, versions, train_files.
 
     lightning: it came from a Lightning file, in which no calibration can be kept.
     """
     spec: FaceSpec
     model: dict[str, Tensor]
     calibration: Calibration | None = None
-    about: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
     lightning: bool = False
 
     def classifier(self, device: torch.device) -> FaceClassifier:
@@ -79,7 +79,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
                                                   val_probs=checkpoint.calibration.val_probs.cpu(),
                                                   val_labels=checkpoint.calibration.val_labels.cpu())
     save_atomically({"format": FORMAT, "spec": asdict(checkpoint.spec), "arch": "resnet18", "model": model,
-                     "calibration": calibration, **checkpoint.about,
+                     "calibration": calibration, **checkpoint.metadata,
                      "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}, path)
 
 
@@ -133,7 +133,7 @@ def read_lightning(content: dict) -> Checkpoint:
     spec = PUBLISHED[prefix]
     model = read_weights(spec, {str(key).removeprefix(prefix): value for key, value in weights.items()})
     about = {"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {}
-    return Checkpoint(spec, model, about=about, lightning=True)
+    return Checkpoint(spec, model, metadata=about, lightning=True)
 
 
 def describe(content) -> str:
