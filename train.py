@@ -455,7 +455,7 @@ def initialise(model: FaceClassifier, init: str) -> None:
     else:
         start = load_checkpoint(init)
         same = start.spec.classes == model.spec.classes
-        weights = {key: value for key, value in start.model.items() if same or not key.startswith("fc.")}
+        weights = {key: value for key, value in start.weights.items() if same or not key.startswith("fc.")}
     own = model.backbone.state_dict()           # torchvision's file has no batch counters, and a head of a thousand
     model.backbone.load_state_dict({key: weights[key] if key in weights and weights[key].shape == value.shape else value
                                     for key, value in own.items()})

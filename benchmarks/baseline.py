@@ -169,7 +169,7 @@ class PlainClassifier:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
         self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, torch.device(device)
         self.network = resnet18(num_classes=len(self.spec.classes))
-        self.network.load_state_dict(checkpoint.model)
+        self.network.load_state_dict(checkpoint.weights)
         self.network.eval().requires_grad_(False).to(self.device)
         self.normalise = transforms.Normalize(self.spec.mean, self.spec.std)
 

@@ -136,7 +136,7 @@ def test_a_layout_gives_the_logits_of_its_documented_input(published, part, clas
     checkpoint = load_checkpoint(path)
     spec, classifier = checkpoint.spec, checkpoint.classifier(torch.device("cpu"))
     assert spec.classes == classes and checkpoint.calibration is None and checkpoint.metadata == {"epoch": 1}
-    assert checkpoint.model.keys() == network.state_dict().keys()
+    assert checkpoint.weights.keys() == network.state_dict().keys()
     pictures, inputs = zip(*(picture_of(part, label) for label in range(4)), strict=True)
     theirs = logits_of(network, torch.stack(inputs))
     shown = TEMPLATE if part == "model" else spec.template
@@ -194,11 +194,11 @@ def test_a_spec_with_chips_survives_our_own_format(published, tmp_path):
 
 def test_the_classifier_keeps_its_own_copy_of_the_weights(published):
     checkpoint = load_checkpoint(published["model"][0])
-    before = {key: value.clone() for key, value in checkpoint.model.items()}
+    before = {key: value.clone() for key, value in checkpoint.weights.items()}
     classifier = checkpoint.classifier(torch.device("cpu")).train()
     classifier(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)).sum().backward()
     torch.optim.SGD(classifier.parameters(), lr=1.0).step()
-    assert all(torch.equal(checkpoint.model[key], value) for key, value in before.items())
+    assert all(torch.equal(checkpoint.weights[key], value) for key, value in before.items())
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

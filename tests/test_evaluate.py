@@ -185,7 +185,7 @@ def test_calibrate_adds_to_the_checkpoint_and_changes_nothing_else(built, traine
     run(built, path, tmp_path, "--calibrate")
     after = load_checkpoint(path)
     assert (after.spec, after.metadata) == (before.spec, before.metadata)
-    assert all(torch.equal(after.model[key], value) for key, value in before.model.items())
+    assert all(torch.equal(after.weights[key], value) for key, value in before.weights.items())
     assert after.calibration.val_labels.tolist() == [label for label in range(4) for _ in range(10)]
     scores = json.loads((tmp_path / "val_metrics.json").read_text())["calibration"]
     assert scores["after"]["nll"] < scores["before"]["nll"]

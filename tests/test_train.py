@@ -48,7 +48,7 @@ def run(*argv: str) -> None:
 
 
 def weights(path) -> dict:
-    return load_checkpoint(path).model
+    return load_checkpoint(path).weights
 
 
 def test_plain_views_are_the_window_up_to_shift_and_flip():
@@ -351,8 +351,8 @@ def test_a_head_of_other_classes_is_not_taken_over(drawn_set, tmp_path, small_re
     start = load_checkpoint(tmp_path / "a.pt")
     model = FaceClassifier(replace(start.spec, classes=start.spec.classes[::-1]))
     train.initialise(model, str(tmp_path / "a.pt"))
-    assert torch.equal(model.backbone.conv1.weight, start.model["conv1.weight"])
-    assert not torch.equal(model.backbone.fc.weight, start.model["fc.weight"])
+    assert torch.equal(model.backbone.conv1.weight, start.weights["conv1.weight"])
+    assert not torch.equal(model.backbone.fc.weight, start.weights["fc.weight"])
 
 
 def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):

@@ -50,14 +50,14 @@ class Checkpoint:
     lightning: it came from a Lightning file, in which no calibration can be kept.
     """
     spec: FaceSpec
-    model: dict[str, Tensor]
+    weights: dict[str, Tensor]
     calibration: Calibration | None = None
     metadata: dict = field(default_factory=dict)
     lightning: bool = False
 
     def classifier(self, device: torch.device) -> FaceClassifier:
         """The network, in eval mode and float32, on the device."""
-        return FaceClassifier(self.spec, self.model).eval().to(device, memory_format=torch.channels_last)
+        return FaceClassifier(self.spec, self.weights).eval().to(device, memory_format=torch.channels_last)
 
     def probs(self, logits: Tensor) -> Tensor:
         """logits (n, C) -> probabilities (n, C) float32, calibrated where the checkpoint knows how."""
@@ -74,7 +74,7 @@ def save_atomically(content: dict, path: str | Path) -> None:
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint; floating-point weights are kept in half precision, 22 MB for a ResNet-18."""
     model = {key: value.detach().cpu().half() if value.is_floating_point() else value.detach().cpu()
-             for key, value in checkpoint.model.items()}
+             for key, value in checkpoint.weights.items()}
     calibration = checkpoint.calibration and dict(vars(checkpoint.calibration),
                                                   val_probs=checkpoint.calibration.val_probs.cpu(),
                                                   val_labels=checkpoint.calibration.val_labels.cpu())
