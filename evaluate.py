@@ -466,7 +466,7 @@ def calibrate(parser: cli.Parser, answers: Answers, checkpoint: Checkpoint, args
     A Lightning file stays as it is: NAME_calibrated.pt beside it is the checkpoint with its calibration.
     """
     path = Path(args.ckpt)
-    path = path.with_name(f"{path.stem}_calibrated.pt") if checkpoint.lightning else path
+    path = path.with_name(f"{path.stem}_calibrated.pt") if checkpoint.is_lightning else path
     try:
         checkpoint.calibration = fit_calibration(answers.logits, answers.labels)
         save_checkpoint(path, checkpoint)

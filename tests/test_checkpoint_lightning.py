@@ -189,7 +189,7 @@ def test_a_spec_with_chips_survives_our_own_format(published, tmp_path):
     save_checkpoint(tmp_path / "own.pt", checkpoint)
     again = load_checkpoint(tmp_path / "own.pt")
     assert again.spec == checkpoint.spec and again.spec.chip_geometry == (200, checkpoint.spec.template)
-    assert checkpoint.lightning and not again.lightning
+    assert checkpoint.is_lightning and not again.is_lightning
 
 
 def test_the_classifier_keeps_its_own_copy_of_the_weights(published):

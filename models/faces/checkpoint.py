@@ -47,13 +47,13 @@ class CheckpointError(Exception):
 class Checkpoint:
     """A loaded checkpoint. `metadata` holds the rest: epoch, best, args, recipe, versions, train_files.
 
-    lightning: it came from a Lightning file, in which no calibration can be kept.
+    is_lightning: it came from a Lightning file, in which no calibration can be kept.
     """
     spec: FaceSpec
     weights: dict[str, Tensor]
     calibration: Calibration | None = None
     metadata: dict = field(default_factory=dict)
-    lightning: bool = False
+    is_lightning: bool = False
 
     def classifier(self, device: torch.device) -> FaceClassifier:
         """The network, in eval mode and float32, on the device."""
@@ -133,7 +133,7 @@ def read_lightning(content: dict) -> Checkpoint:
     spec = PUBLISHED[prefix]
     model = read_weights(spec, {str(key).removeprefix(prefix): value for key, value in weights.items()})
     about = {"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else {}
-    return Checkpoint(spec, model, metadata=about, lightning=True)
+    return Checkpoint(spec, model, metadata=about, is_lightning=True)
 
 
 def describe(content) -> str:
