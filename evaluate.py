@@ -39,7 +39,7 @@ from models.data.faceset import (
     read_faceset_json,
     read_manifest,
 )
-from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views
+from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE, crop_views
 from models.faces.calibration import Calibration, class_thresholds, fit_calibration, set_thresholds
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier
@@ -180,7 +180,7 @@ def is_another_split(checkpoint: Checkpoint, args) -> bool:
 def classify(faces: FaceSet, checkpoint: Checkpoint, args, through_112: bool = False) -> Answers:
     """Logits of every picture's central large face; `through_112`: by way of a finished 112 x 112 JPEG crop."""
     spec, classifier = checkpoint.spec, checkpoint.classifier(args.device)
-    window, side, template = ((WHOLE, TEMPLATE_SIZE, TEMPLATE) if through_112
+    window, side, template = ((WHOLE_TEMPLATE, TEMPLATE_SIZE, TEMPLATE) if through_112
                               else (spec.window, spec.input_size, spec.template))
     logits = torch.full((len(faces), len(spec.classes)), torch.nan)
     aligned_by, unreadable = [""] * len(faces), []

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from models.data.faceset import GENDERS, FaceSet, FaceSetError, faceset_digest, read_manifest
 from models.data.splits import read_training_sets
-from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, crop_views, sample_views, template_pixels
+from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE, crop_views, sample_views, template_pixels
 from models.faces.calibration import fit_calibration
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_atomically, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
@@ -126,7 +126,7 @@ def load_crops(sets: list[FaceSet], resolution: int, args, what: str, side: bool
     for i, faces in enumerate(sets):
         part = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
         good, n_faceless = torch.ones(len(faces), dtype=torch.bool), 0
-        for batch in align_set(faces.paths(), faces.is_aligned, detector, WHOLE, resolution, workers=args.workers,
+        for batch in align_set(faces.paths(), faces.is_aligned, detector, WHOLE_TEMPLATE, resolution, workers=args.workers,
                                progress=f"{what} {args.data[i]}" if args.rank == 0 else None):
             part[batch.positions] = batch.views
             n_faceless += len(batch.positions) if batch.aligned_by == "template" else 0
@@ -240,7 +240,7 @@ def views_of(crops: Tensor, window: tuple, side: int, device: torch.device) -> T
 
 def shrink(crops: Tensor, resolution: int) -> Tensor:
     """Crops at a smaller resolution, without aliasing."""
-    return crops if crops.shape[-1] <= resolution else views_of(crops, WHOLE, resolution, crops.device)
+    return crops if crops.shape[-1] <= resolution else views_of(crops, WHOLE_TEMPLATE, resolution, crops.device)
 
 
 def working_resolution(window: tuple, side: int) -> int:

@@ -43,7 +43,7 @@ from models.data.decoding import IMAGE_TYPES, PhotoError, decode_photo
 from models.data.duplicates import FINGERPRINT_MAX_SIDE, Fingerprints, group_near_duplicates
 from models.data.faceset import SPLITS
 from models.data.listing import walk_images
-from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces
+from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces
 from models.faces.labelled import most_central_face
 from models.faces.mtcnn import MTCNN
 from models.running.cli import Parser, fraction, natural_int, output_folder, positive_int, worker_count
@@ -313,7 +313,7 @@ class ChipBatches(Dataset):
         index, landmarks = self.find_landmarks(images, sizes)
         extents = sizes[index].flip(1)[:, None]                                     # (n, 1, 2) width, height
         done.landmark_sum += (landmarks.double() / extents).sum(0).numpy()
-        crops = align_faces(images, sizes, index, landmarks, WHOLE, self.out_res)
+        crops = align_faces(images, sizes, index, landmarks, WHOLE_TEMPLATE, self.out_res)
         done.positions += [positions[i] for i in index.tolist()]
         done.missed += sorted(set(positions) - set(done.positions))
         for position, crop in zip(done.positions, crops.permute(0, 2, 3, 1).numpy(), strict=True):

@@ -23,7 +23,7 @@ from torchvision import transforms
 from torchvision.models import resnet18
 
 from models.data.decoding import PhotoError, decode_photo
-from models.faces.align import TEMPLATE, WHOLE, align_faces, crop_views
+from models.faces.align import TEMPLATE, WHOLE_TEMPLATE, align_faces, crop_views
 from models.faces.checkpoint import Checkpoint
 from models.faces.image_pyramid import resize
 from models.faces.labelled import most_central_face
@@ -296,5 +296,5 @@ def build_part(chips: list[str], folder: Path, min_face_size: float, side: int, 
         row = most_central_face(faces, torch.tensor([photo.shape[1:]]))
         if row >= 0:
             face = Faces(faces.boxes[row], faces.scores[row], faces.landmarks[row], torch.zeros(1, dtype=torch.int64))
-            crop = align_one(photo, face, WHOLE, side)[0].permute(1, 2, 0).numpy()
+            crop = align_one(photo, face, WHOLE_TEMPLATE, side)[0].permute(1, 2, 0).numpy()
             Image.fromarray(crop).save(folder / Path(chip).name, "JPEG", quality=95, subsampling=0)

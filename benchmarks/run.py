@@ -59,7 +59,7 @@ from models.data.decoding import decode_photo
 from models.data.faceset import FaceSet
 from models.data.index import index_photos
 from models.data.listing import list_images
-from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE, align_faces, crop_views
+from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces, crop_views
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from models.faces.classifier import FaceSpec
 from models.faces.labelled import align_set
@@ -296,7 +296,7 @@ class Bench:
         if not target.exists():
             target.mkdir()
             chips, detector = self.chips(n), MTCNN(min_face_size=40).to(self.device)
-            for batch in align_set(chips, False, detector, WHOLE, side):
+            for batch in align_set(chips, False, detector, WHOLE_TEMPLATE, side):
                 for position, view in zip(batch.positions, batch.views, strict=True):
                     picture = Image.fromarray(view.permute(1, 2, 0).numpy())
                     picture.save(target / Path(chips[position]).name, quality=95, subsampling=0)
@@ -344,7 +344,7 @@ def align_batches(photos: list[Tensor], detector: MTCNN) -> list[Faces]:
     def align(batch: PhotoBatch) -> dict[int, Faces]:
         images = batch.images.to(device)
         faces = detector.detect(images, batch.sizes)
-        align_faces(images, batch.sizes, faces.image_index, faces.landmarks, WHOLE, TEMPLATE_SIZE)
+        align_faces(images, batch.sizes, faces.image_index, faces.landmarks, WHOLE_TEMPLATE, TEMPLATE_SIZE)
         faces = Faces(*(value.cpu() for value in vars(faces).values()))
         return {i: faces.select(faces.image_index == k) for k, i in enumerate(batch.positions)}
 
@@ -360,7 +360,7 @@ def align_each(photos: list[Tensor], detector: baseline.PlainMTCNN) -> list[Face
     """Detects and aligns one picture after another."""
     found = [detector.detect(photo) for photo in photos]
     for photo, faces in zip(photos, found, strict=True):
-        baseline.align_one(photo, faces, WHOLE, TEMPLATE_SIZE)
+        baseline.align_one(photo, faces, WHOLE_TEMPLATE, TEMPLATE_SIZE)
     return found
 
 

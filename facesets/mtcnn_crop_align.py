@@ -32,7 +32,7 @@ from models.data.batches import PhotoBatch, first_position, join_batches, load_p
 from models.data.decoding import PhotoError
 from models.data.index import PhotoIndex, index_photos
 from models.data.listing import InputError
-from models.faces.align import TEMPLATE_SIZE, WHOLE, align_faces
+from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces
 from models.faces.mtcnn import MTCNN, Faces
 from models.faces.pipeline import DECODE_BATCH, chunk_size, count_chunks, count_files, decode_workers, rank_by_size
 from models.faces.predictions import quote_cell
@@ -250,7 +250,7 @@ def render_crops(batch: PhotoBatch, faces: Faces, order: torch.Tensor, side: int
     """Crops (3, side, side) uint8 of faces, in an order (n,) of theirs; VIEW_BYTES of them are rendered at a time."""
     for some in order.split(max(1, VIEW_BYTES // (3 * side ** 2))):
         where = some.to(batch.images.device)
-        yield from align_faces(batch.images, batch.sizes, faces.image_index[where], faces.landmarks[where], WHOLE,
+        yield from align_faces(batch.images, batch.sizes, faces.image_index[where], faces.landmarks[where], WHOLE_TEMPLATE,
                                side).cpu()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from models.faces.align import (
     TEMPLATE,
-    WHOLE,
+    WHOLE_TEMPLATE,
     align_faces,
     crop_views,
     fit_similarity,
@@ -65,8 +65,8 @@ def test_coinciding_landmarks_are_an_error():
 def test_the_identity_gives_the_picture_back():
     photo = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     sizes = torch.tensor([[112, 112]] * 2)
-    assert torch.equal(align_faces(photo, sizes, torch.arange(2), POINTS.expand(2, 5, 2), WHOLE, 112), photo)
-    assert torch.equal(crop_views(photo, WHOLE, 112), photo)
+    assert torch.equal(align_faces(photo, sizes, torch.arange(2), POINTS.expand(2, 5, 2), WHOLE_TEMPLATE, 112), photo)
+    assert torch.equal(crop_views(photo, WHOLE_TEMPLATE, 112), photo)
 
 
 @pytest.mark.parametrize("scale", [1.9, 3.1, 5.3])
@@ -89,7 +89,7 @@ def test_a_face_gives_the_same_from_photograph_and_from_finished_crop():
     where = torch.zeros(1, dtype=torch.int64), apply(M, POINTS)[None]
     straight = align_faces(photo, sizes, *where, WINDOW, 96).float()
     for resolution in (112, 224):
-        crop = align_faces(photo, sizes, *where, WHOLE, resolution)
+        crop = align_faces(photo, sizes, *where, WHOLE_TEMPLATE, resolution)
         assert (crop_views(crop, WINDOW, 96).float() - straight).abs().mean() < 1.0
 
 
@@ -99,7 +99,7 @@ def test_a_template_of_its_own_is_met_from_photograph_and_from_finished_crop():
     photo, sizes = smooth_photo(360, 360), torch.tensor([[360, 360]])
     where = torch.zeros(1, dtype=torch.int64), apply(M, POINTS)[None]
     straight = align_faces(photo, sizes, *where, (20, 20, 90, 90), 96, own).float()
-    crop = align_faces(photo, sizes, *where, WHOLE, 224)
+    crop = align_faces(photo, sizes, *where, WHOLE_TEMPLATE, 224)
     assert (crop_views(crop, (20, 20, 90, 90), 96, own).float() - straight).abs().mean() < 1.0
     moved = align_faces(photo, sizes, *where, (20, 20, 90, 90), 96).float()
     assert (moved - straight).abs().mean() > 5
@@ -110,7 +110,7 @@ def test_padding_of_the_batch_is_never_seen_and_edges_repeat():
     padded = torch.zeros(1, 3, 90, 80, dtype=torch.uint8)
     padded[:, :, :60, :50] = photo
     where = torch.zeros(1, dtype=torch.int64), POINTS[None] - 30
-    views = align_faces(padded, torch.tensor([[60, 50]]), *where, WHOLE, 112)
+    views = align_faces(padded, torch.tensor([[60, 50]]), *where, WHOLE_TEMPLATE, 112)
     assert (views == 200).all()
 
 

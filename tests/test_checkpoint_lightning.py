@@ -16,7 +16,7 @@ from torchvision.models import resnet18
 
 import evaluate
 import infer
-from models.faces.align import CHIP_LANDMARKS, TEMPLATE, WHOLE, align_faces, crop_views, fit_similarity
+from models.faces.align import CHIP_LANDMARKS, TEMPLATE, WHOLE_TEMPLATE, align_faces, crop_views, fit_similarity
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
 from models.faces.labelled import align_set
@@ -159,7 +159,7 @@ def test_a_chip_reaches_the_network_by_each_way_as_documented(published):
     aligned = align_faces(*where, spec.window, spec.input_size, spec.template)[0].float()
     assert (straight - aligned).abs().max() <= 1
     assert (straight - theirs).abs().mean() < 2                 # grey levels: two ways of shrinking 200 pixels to 128
-    crop = align_faces(*where, WHOLE, 448)
+    crop = align_faces(*where, WHOLE_TEMPLATE, 448)
     by_crop = crop_views(crop, spec.window, spec.input_size, spec.template)[0].float()
     assert (by_crop - straight).abs().mean() < 5                # the two templates are no similarity of each other
     wrong = crop_views(pixels, spec.window, spec.input_size, spec.template)[0].float()
@@ -212,7 +212,7 @@ def test_what_can_not_be_passed_over_is_explained_in_a_line(tmp_path):
 
 
 def test_objects_are_passed_over_in_lightning_files_alone(tmp_path):
-    spec = FaceSpec(("a", "b"), TEMPLATE, WHOLE, 32)
+    spec = FaceSpec(("a", "b"), TEMPLATE, WHOLE_TEMPLATE, 32)
     save_checkpoint(tmp_path / "own.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict(),
                                                     metadata={"args": Trap(tmp_path / "fired", touch)}))
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint .*touch"):

@@ -17,7 +17,7 @@ from benchmarks import consensus_scale
 from facesets import consensus
 from facesets.consensus import main
 from models.data.faceset import read_faceset
-from models.faces.align import TEMPLATE, WHOLE
+from models.faces.align import TEMPLATE, WHOLE_TEMPLATE
 from models.faces.checkpoint import Checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
 from models.faces.predictions import columns
@@ -153,7 +153,7 @@ def people(tmp_path) -> tuple[Path, Path]:
     (folder / "empty").mkdir()
     draw_crop(0, 0).save(folder / "stray.png")
     torch.manual_seed(0)
-    spec = FaceSpec(CLASSES, TEMPLATE, WHOLE, 32)
+    spec = FaceSpec(CLASSES, TEMPLATE, WHOLE_TEMPLATE, 32)
     save_checkpoint(tmp_path / "net.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
     return folder, tmp_path / "net.pt"
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from models.data.batches import JOINED
 from models.data.faceset import FaceSetError, faceset_digest, read_faceset
-from models.faces.align import WHOLE
+from models.faces.align import WHOLE_TEMPLATE
 from models.faces.labelled import align_set, most_central_face
 from models.faces.mtcnn import MTCNN, Faces
 
@@ -161,7 +161,7 @@ def test_pictures_without_a_face_come_last_and_none_is_lost(tmp_path, detector):
     put(tmp_path / "crop.png", (112, 112), (10, 20, 30))                # the size in which crops are handed around
     (tmp_path / "broken.png").write_bytes(b"")
     names = ["plain.png", "broken.png", "crop.png", "tiny.png"]
-    batches = list(align_set([str(tmp_path / name) for name in names], False, detector, WHOLE, 112, batch_size=3))
+    batches = list(align_set([str(tmp_path / name) for name in names], False, detector, WHOLE_TEMPLATE, 112, batch_size=3))
     seen = {position: batch.aligned_by for batch in batches for position in batch.positions}
     assert seen == {0: "template", 2: "crop", 3: "template"}
     assert [failure[0] for batch in batches for failure in batch.failures] == [1]
@@ -175,9 +175,9 @@ def test_batches_joined_as_for_a_gpu_give_the_same_views(tmp_path, detector, mon
         put(tmp_path / f"{i}.png", (100 + i, 90) if i % 3 else (112, 112), (20 * i, 60, 90))
     (tmp_path / "3.png").write_bytes(b"")
     paths = [str(tmp_path / f"{i}.png") for i in range(7)]
-    apart = list(align_set(paths, False, detector, WHOLE, 112, batch_size=2))
+    apart = list(align_set(paths, False, detector, WHOLE_TEMPLATE, 112, batch_size=2))
     monkeypatch.setitem(JOINED, "cpu", 128)
-    joined = list(align_set(paths, False, detector, WHOLE, 112, batch_size=2))
+    joined = list(align_set(paths, False, detector, WHOLE_TEMPLATE, 112, batch_size=2))
     assert sum(batch.aligned_by == "crop" for batch in joined) == 1
     views, others = ({position: view for batch in batches for position, view in
                       zip(batch.positions, batch.views, strict=True)} for batches in (joined, apart))
@@ -187,7 +187,7 @@ def test_batches_joined_as_for_a_gpu_give_the_same_views(tmp_path, detector, mon
 
 
 def test_an_empty_list_gives_no_views(detector):
-    assert sum(len(batch.views) for batch in align_set([], False, detector, WHOLE, 112)) == 0
+    assert sum(len(batch.views) for batch in align_set([], False, detector, WHOLE_TEMPLATE, 112)) == 0
 
 
 @pytest.mark.real
@@ -226,5 +226,5 @@ def test_a_huge_picture_is_reduced_while_decoding(tmp_path, detector, monkeypatc
     monkeypatch.setattr("models.faces.labelled.load_photos",
                         lambda *args, pool=None: asked.append((*args[2:4], pool is not None)) or iter(()))
     monkeypatch.setattr("models.faces.labelled.can_share", lambda: False)
-    list(align_set(["a.jpg"], False, detector, WHOLE, 8, workers=4))
+    list(align_set(["a.jpg"], False, detector, WHOLE_TEMPLATE, 8, workers=4))
     assert asked == [(0, 3000, True)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.faces.align import TEMPLATE, WHOLE
+from models.faces.align import TEMPLATE, WHOLE_TEMPLATE
 from models.faces.calibration import Calibration
 from models.faces.checkpoint import Checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
@@ -238,7 +238,7 @@ def test_redealing_keeps_sizes_and_faces(val, rng):
 
 
 def test_benchmark_runs_small(val, rng, tmp_path, capsys):
-    spec = FaceSpec(CLASSES, TEMPLATE, WHOLE, 112)
+    spec = FaceSpec(CLASSES, TEMPLATE, WHOLE_TEMPLATE, 112)
     calibration = Calibration(1.0, (0.0,) * 4, torch.tensor(val[0], dtype=torch.float32), torch.tensor(val[1]))
     save_checkpoint(tmp_path / "small.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict(), calibration))
     for name, blur in (("test", 1.0), ("other", 1.8)):

@@ -16,7 +16,7 @@ TEMPLATE_SIZE = 112
 # Left eye, right eye, nose, left and right mouth corner: the 112 x 112 crop in which recognition sets are handed
 # around (Deng et al., "ArcFace", 2019, and the data sets prepared for it).
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
-WHOLE = (0.0, 0.0, 112.0, 112.0)
+WHOLE_TEMPLATE = (0.0, 0.0, 112.0, 112.0)
 # Mean landmarks of a 200 x 200 UTKFace chip (494 chips), as models/mtcnn.py finds them: a fall-back where not one face
 # of a set is found. A detector that clips its boxes puts them at (65.5, 66.9), (138.3, 67.0), (101.1, 109.5),
 # (69.7, 141.2), (133.6, 141.3).

@@ -17,19 +17,19 @@ import torchvision
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE
+from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE
 from models.faces.calibration import Calibration
 from models.faces.classifier import FaceClassifier, FaceSpec, empty_resnet18
 from models.running.files import atomic_write
 
 FORMAT = 1
 CHIP_SIZE = 200
-# Landmarks of an average 200 x 200 UTKFace chip as a template of 112, of which the whole chip is WHOLE.
+# Landmarks of an average 200 x 200 UTKFace chip as a template of 112, of which the whole chip is WHOLE_TEMPLATE.
 CHIP_TEMPLATE = tuple(tuple((v + 0.5) * TEMPLATE_SIZE / CHIP_SIZE - 0.5 for v in point) for point in CHIP_LANDMARKS)
 # First part of the keys in a published Lightning checkpoint -> what its network is fed and answers. "model.": the
 # whole crop. "resnet.": the chip resized to 128, of which the middle 104; in pixels of the template 10.5 to 101.5.
 PUBLISHED = {
-    "model.": FaceSpec(("African", "Asian", "Caucasian", "Indian"), TEMPLATE, WHOLE, 112),
+    "model.": FaceSpec(("African", "Asian", "Caucasian", "Indian"), TEMPLATE, WHOLE_TEMPLATE, 112),
     "resnet.": FaceSpec(("White", "Black", "Asian", "Indian"), CHIP_TEMPLATE, (10.5, 10.5, 101.5, 101.5), 104,
                         chip_size=CHIP_SIZE),
 }

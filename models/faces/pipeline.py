@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.data.batches import PhotoBatch, can_share, first_position, join_batches, load_photos
-from models.faces.align import TEMPLATE_SIZE, WHOLE, align_faces
+from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces
 from models.faces.checkpoint import Checkpoint
 from models.faces.labelled import is_finished_crop, render_crops_views
 from models.faces.mtcnn import MTCNN, Faces
@@ -221,7 +221,7 @@ def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], T
     views = render_crops_views(*found, spec.window, spec.input_size, spec.template, spec.chip_geometry)
     shown = [None] * len(views)
     if settings.crops:
-        shown = render_crops_views(*found, WHOLE, TEMPLATE_SIZE, chips=spec.chip_geometry).cpu()
+        shown = render_crops_views(*found, WHOLE_TEMPLATE, TEMPLATE_SIZE, chips=spec.chip_geometry).cpu()
     rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
     for i in (~square).nonzero()[:, 0].tolist():
         height, width = batch.sizes[i].tolist()
@@ -250,7 +250,7 @@ def photo_rows(batch: PhotoBatch, faces: Faces, spec, settings: Settings) -> tup
     image_index, landmarks = faces.image_index[where], faces.landmarks[where]
     found = batch.images, batch.sizes, image_index, landmarks
     views = align_faces(*found, spec.window, spec.input_size, spec.template)
-    crops = align_faces(*found, WHOLE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(order)
+    crops = align_faces(*found, WHOLE_TEMPLATE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(order)
     image_index = image_index.cpu()
     boxes = (faces.boxes.cpu()[order] / batch.scales[image_index, None]).tolist()
     scores = faces.scores.cpu()[order].tolist()
