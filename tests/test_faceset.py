@@ -225,6 +225,6 @@ def test_a_huge_picture_is_reduced_while_decoding(tmp_path, detector, monkeypatc
     asked = []
     monkeypatch.setattr("models.faces.labelled.load_photos",
                         lambda *args, pool=None: asked.append((*args[2:4], pool is not None)) or iter(()))
-    monkeypatch.setattr("models.faces.labelled.can_share", lambda: False)
+    monkeypatch.setattr("models.faces.labelled.has_shared_memory", lambda: False)
     list(align_set(["a.jpg"], False, detector, WHOLE_TEMPLATE, 8, workers=4))
     assert asked == [(0, 3000, True)]

@@ -175,7 +175,7 @@ class PhotoBatches(Dataset):
         return decode_batch(*self.sources(batch), self.max_side)
 
 
-def can_share() -> bool:
+def has_shared_memory() -> bool:
     """Whether decoding workers can hand over their pictures: containers often have 64 MiB of shared memory."""
     if not os.path.isdir("/dev/shm"):
         return True

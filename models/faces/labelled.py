@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.data.batches import PhotoBatch, can_share, join_batches, load_photos
+from models.data.batches import PhotoBatch, has_shared_memory, join_batches, load_photos
 from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, align_faces, crop_views
 from models.faces.mtcnn import MTCNN, Faces
 from models.running.threads import OrderedThreadPool
@@ -57,7 +57,7 @@ def align_set(paths: list[str], finished: bool, detector: MTCNN, window: tuple, 
     by the mean landmarks (relative to the picture's size) of those with one. Pictures over MAX_SIDE are reduced to it;
     where shared memory is scarce no worker processes decode, whatever `workers` says.
     """
-    workers = workers if can_share() else 0
+    workers = workers if has_shared_memory() else 0
     device = next(detector.parameters()).device
     missed, landmarks = [], []
     bar = tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures", smoothing=0.05)

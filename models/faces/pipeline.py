@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.data.batches import PhotoBatch, can_share, first_position, join_batches, load_photos
+from models.data.batches import PhotoBatch, has_shared_memory, first_position, join_batches, load_photos
 from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces
 from models.faces.checkpoint import Checkpoint
 from models.faces.labelled import is_finished_crop, render_crops_views
@@ -128,7 +128,7 @@ def decode_workers(asked: int | None, n_files: int, device: torch.device) -> int
     """
     if asked is not None:
         return asked
-    return per_local_rank(worker_count()) if device.type == "cuda" and n_files >= FEW_FILES and can_share() else 0
+    return per_local_rank(worker_count()) if device.type == "cuda" and n_files >= FEW_FILES and has_shared_memory() else 0
 
 
 def classify_files(photos, predictor: Predictor, detector: MTCNN | None, settings: Settings,
