@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from facesets.mtcnn_crop_align import main
-from models.data.batches import JOINED
+from models.data.batches import MAX_JOINED_PHOTOS
 from models.data.decoding import decode_photo
 from models.faces.align import TEMPLATE
 from models.faces.mtcnn import MTCNN
@@ -240,7 +240,7 @@ def test_batches_joined_as_for_a_gpu_give_the_same_crops(photos, tmp_path, monke
     align(photos, tmp_path / "apart", "--min_face_size", "60")
     for module in ("models.faces.pipeline", "facesets.mtcnn_crop_align"):
         monkeypatch.setattr(f"{module}.chunk_size", lambda _: 32)
-    monkeypatch.setitem(JOINED, "cpu", 128)
+    monkeypatch.setitem(MAX_JOINED_PHOTOS, "cpu", 128)
     searched = []
     detect = MTCNN.detect
     monkeypatch.setattr(MTCNN, "detect", lambda self, images, sizes: searched.append(len(images))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.data.batches import JOINED
+from models.data.batches import MAX_JOINED_PHOTOS
 from models.data.faceset import FaceSetError, faceset_digest, read_faceset
 from models.faces.align import WHOLE_TEMPLATE
 from models.faces.labelled import align_set, most_central_face
@@ -176,7 +176,7 @@ def test_batches_joined_as_for_a_gpu_give_the_same_views(tmp_path, detector, mon
     (tmp_path / "3.png").write_bytes(b"")
     paths = [str(tmp_path / f"{i}.png") for i in range(7)]
     apart = list(align_set(paths, False, detector, WHOLE_TEMPLATE, 112, batch_size=2))
-    monkeypatch.setitem(JOINED, "cpu", 128)
+    monkeypatch.setitem(MAX_JOINED_PHOTOS, "cpu", 128)
     joined = list(align_set(paths, False, detector, WHOLE_TEMPLATE, 112, batch_size=2))
     assert sum(batch.aligned_by == "crop" for batch in joined) == 1
     views, others = ({position: view for batch in batches for position, view in

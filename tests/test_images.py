@@ -295,8 +295,8 @@ def test_index_works_in_workers(tmp_path):
 @pytest.mark.parametrize(("most", "pixels", "calls"), [(64, 10**9, 2), (3, 10**9, 5), (64, 2500, 4)])
 def test_joined_batches_hold_the_same_pictures(most, pixels, calls, monkeypatch):
     """What a GPU is given, on a CPU here: by chunks of 8, as many pictures as one call takes."""
-    monkeypatch.setitem(photo_batches.JOINED, "cpu", most)
-    monkeypatch.setattr(photo_batches, "JOINED_PIXELS", pixels)
+    monkeypatch.setitem(photo_batches.MAX_JOINED_PHOTOS, "cpu", most)
+    monkeypatch.setattr(photo_batches, "MAX_JOINED_PIXELS", pixels)
     generator = torch.Generator().manual_seed(0)
     photos = [torch.randint(1, 256, (3, 10 + i, 40 - 2 * i), generator=generator, dtype=torch.uint8) for i in range(13)]
     batches = [PhotoBatch([i, i + 1], *collate_photos(photos[i:i + 2]), torch.tensor([1.0, i]), [])

@@ -19,10 +19,10 @@ SHARED_MEMORY = 1 << 30             # bytes free in /dev/shm below which workers
 GROUP_PIXELS = 4_000_000            # a padded batch up to this size is never divided
 
 
-JOINED = {"cpu": 0, "cuda": 128}    # pictures at most that are joined for one call; 0: batches as they come
+MAX_JOINED_PHOTOS = {"cpu": 0, "cuda": 128}    # pictures at most that are joined for one call; 0: batches as they come
 
 
-JOINED_PIXELS = 200_000_000         # of joined pictures, with what pads them
+MAX_JOINED_PIXELS = 200_000_000         # of joined pictures, with what pads them
 
 
 def collate_photos(photos: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def join_batches(batches: Iterable[PhotoBatch], size: int, device: torch.device)
 
     Pictures of very different sizes stay apart, as group_sizes has it.
     """
-    if not JOINED[device.type]:
+    if not MAX_JOINED_PHOTOS[device.type]:
         yield from batches
         return
     for _, its in itertools.groupby(batches, lambda batch: first_position(batch) // size):
@@ -124,7 +124,7 @@ def fit_one_call(batches: list[PhotoBatch], device: torch.device) -> bool:
     """Whether a device takes these batches in one call: not too much for it, and not more padding than pictures."""
     n, canvas = sum(len(batch.positions) for batch in batches), math.prod(padded_size(batches))
     filled = sum(int(batch.sizes.prod(1).sum()) for batch in batches)
-    return n <= JOINED[device.type] and n * canvas <= JOINED_PIXELS and is_padding_acceptable(n * canvas, filled)
+    return n <= MAX_JOINED_PHOTOS[device.type] and n * canvas <= MAX_JOINED_PIXELS and is_padding_acceptable(n * canvas, filled)
 
 
 def padded_size(batches: list[PhotoBatch]) -> tuple[int, int]:
