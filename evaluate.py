@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None):
         help="names to read differently, of folders and of the checkpoint's classes: FROM=TO,FROM=TO")
     add("--batch_size", type=cli.positive_int, default=32, help="pictures in one step; on CUDA up to 128 where "
         "fewer are asked for (%(default)s)")
-    add("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes (%(default)s)")
+    add("--workers", type=cli.non_negative_int, default=cli.worker_count(), help="decoding processes (%(default)s)")
     cli.add_device(parser)
     add("--flip", action="store_true", help="average the logits of each face and of its mirror image")
     add("--through_112", action="store_true", help="state beside it the accuracy through finished 112 x 112 JPEG crops")

@@ -767,7 +767,7 @@ def parse_args(argv: list[str] | None = None):
                         help="stop after so many epochs at the last input size without a lower validation loss")
     parser.add_argument("--val_share", type=cli.fraction, default=0.06,
                         help="validation share of a set without a val folder: whole persons, or whole photographs")
-    parser.add_argument("--seed", type=cli.natural_int, default=2023)
+    parser.add_argument("--seed", type=cli.non_negative_int, default=2023)
     parser.add_argument("--init", default="random", metavar="random|imagenet|FILE")
     parser.add_argument("--teacher", nargs="+", metavar="FILE",
                         help="to learn from as well: checkpoints of the same classes, or tables of all of --data by "
@@ -775,7 +775,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--resume", action="store_true", help="go on after the last epoch that was saved")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
     cli.add_device(parser)
-    parser.add_argument("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes")
+    parser.add_argument("--workers", type=cli.non_negative_int, default=cli.worker_count(), help="decoding processes")
     parser.add_argument("--vis_dir", default="visualizations", help="where validation_loss.png goes")
     args = parser.parse_args(argv)
     args.shown = {name: str(value) if name == "device" else value for name, value in vars(args).items()}

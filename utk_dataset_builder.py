@@ -46,7 +46,7 @@ from models.data.listing import walk_images
 from models.faces.align import CHIP_LANDMARKS, TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces
 from models.faces.labelled import most_central_face
 from models.faces.mtcnn import MTCNN
-from models.running.cli import Parser, fraction, natural_int, output_folder, positive_int, worker_count
+from models.running.cli import Parser, fraction, non_negative_int, output_folder, positive_int, worker_count
 from models.running.files import atomic_write
 
 SRC = "data/UTKFace"
@@ -99,10 +99,10 @@ def parse_args(argv=None):
     parser.add_argument("--split_csv", help="list with columns file, split, label to follow instead of drawing a split")
     parser.add_argument("--ratios", type=fraction, nargs=3, default=RATIOS, metavar=("TRAIN", "VAL", "TEST"),
                         help="shares of the drawn splits (%(default)s)")
-    parser.add_argument("--seed", type=natural_int, default=SEED, help="of the drawn splits (%(default)s)")
+    parser.add_argument("--seed", type=non_negative_int, default=SEED, help="of the drawn splits (%(default)s)")
     parser.add_argument("--out_res", type=positive_int, default=OUT_RES, help="side of a crop in pixels (%(default)s)")
     parser.add_argument("--no_align", action="store_true", help="copy the chips untouched")
-    parser.add_argument("--workers", type=natural_int, default=worker_count(),
+    parser.add_argument("--workers", type=non_negative_int, default=worker_count(),
                         help="processes that align and encode; the result is that of any number (%(default)s)")
     parser.add_argument("--vis_dir", default="visualizations", help="folder for the plots (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished --dst")

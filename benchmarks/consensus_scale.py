@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None):
     add("--folder", help="where the table and the results go for the time of the run (a temporary folder)")
     add("--checked", type=cli.positive_int, default=200_000, help="rows checked one by one (%(default)s)")
     add("--out", help="JSON file for the figures")
-    add("--seed", type=cli.natural_int, default=0)
+    add("--seed", type=cli.non_negative_int, default=0)
     return parser.parse_args(argv)
 
 

@@ -51,12 +51,12 @@ def parse_args(argv: list[str] | None = None):
     add("--sizes", type=cli.positive_int, nargs="+", default=[200, 1000, 5000], help="faces in a collection")
     add("--compositions", type=cli.positive_int, default=100, help="true compositions per size (%(default)s)")
     add("--repeats", type=cli.positive_int, default=4, help="collections per composition (%(default)s)")
-    add("--reference", type=cli.natural_int, nargs="*", default=[50, 100, 300], help="faces of --other labelled")
+    add("--reference", type=cli.non_negative_int, nargs="*", default=[50, 100, 300], help="faces of --other labelled")
     add("--n_boot", type=cli.positive_int, default=500, help="replicates behind an interval (%(default)s)")
     add("--workers", type=cli.positive_int, default=cli.worker_count(), help="processes (%(default)s)")
     add("--quapy", action="store_true", help="also print how far QuaPy's estimates are from these (pip install quapy)")
     add("--out_dir", default="visualizations", help="where the table and the figure go (%(default)s)")
-    add("--seed", type=cli.natural_int, default=0, help="of compositions, draws and replicates (%(default)s)")
+    add("--seed", type=cli.non_negative_int, default=0, help="of compositions, draws and replicates (%(default)s)")
     return parser, parser.parse_args(argv)
 
 

@@ -75,7 +75,7 @@ def build_parser() -> cli.Parser:
     add("--max_images", type=cli.positive_int, default=20, metavar="N", help="pictures of a person asked (%(default)s)")
     add("--min_images", type=cli.positive_int, default=3, metavar="N",
         help="fewest of those with a face, below which a person is dropped (%(default)s)")
-    add("--seed", type=cli.natural_int, default=0, help="of the random pictures (%(default)s)")
+    add("--seed", type=cli.non_negative_int, default=0, help="of the random pictures (%(default)s)")
     cli.add_labelling_flags(parser)
     cli.add_rerun_flags(parser)
     return parser

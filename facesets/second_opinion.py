@@ -118,8 +118,8 @@ def parse_args(argv: list[str] | None = None):
     add("--class_map", type=cli.class_map, default={}, metavar="FROM=TO,...", help="rename classes")
     add("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
     add("--val_share", type=cli.fraction, default=0.06, help="as for train.py (%(default)s)")
-    add("--seed", type=cli.natural_int, default=2023, help="as for train.py (%(default)s)")
-    add("--workers", type=cli.natural_int, default=cli.worker_count(), help="decoding processes")
+    add("--seed", type=cli.non_negative_int, default=2023, help="as for train.py (%(default)s)")
+    add("--workers", type=cli.non_negative_int, default=cli.worker_count(), help="decoding processes")
     add("--overwrite", action="store_true", help="replace the table of an earlier run")
     args = parser.parse_args(argv)
     if args.out.suffix != ".csv" or args.out.is_dir():

@@ -28,7 +28,7 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def natural_int(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """argparse type: a whole number of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"wants a whole number of at least 0, got {text!r}")
@@ -92,7 +92,7 @@ def add_photo_flags(parser: Parser, workers: str = "--num_workers") -> None:
     add("--min_face_size", type=positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
     add("--max_side", type=positive_int, default=3000, metavar="PX",
         help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
-    add(workers, type=natural_int, metavar="N", help="decoding processes; with 0 a CPU's threads decode and run the "
+    add(workers, type=non_negative_int, metavar="N", help="decoding processes; with 0 a CPU's threads decode and run the "
         "networks in turns (0 on a CPU; before CUDA by cores and list)")
     add_device(parser)
 
