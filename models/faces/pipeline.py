@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.data.batches import PhotoBatch, has_shared_memory, first_position, join_batches, load_photos
+from models.data.batches import PhotoBatch, first_position, has_shared_memory, join_batches, load_photos
 from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces
 from models.faces.checkpoint import Checkpoint
 from models.faces.labelled import is_finished_crop, render_crops_views
