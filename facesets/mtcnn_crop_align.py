@@ -60,7 +60,7 @@ def build_parser() -> cli.Parser:
     add("--mtcnn_pytorch_path", metavar="DIR", help="use src.detect_faces of this checkout of mtcnn-pytorch in place "
         "of the built-in networks")
     add("--out_res", type=cli.positive_int, default=TEMPLATE_SIZE, metavar="PX", help="side of a crop (%(default)s)")
-    cli.add_photo_flags(parser, workers="--n_threads")
+    cli.add_photo_flags(parser)
     cli.add_rerun_flags(parser).add_argument("--check_exists", action="store_true",
                                              help="pass over photographs whose first crop exists")
     return parser
@@ -203,7 +203,7 @@ def align_chunks(photos: Photos, chunks: list[int], detector: torch.nn.Module, d
     """Writes the crops of some chunks of the list; of each, when it is done, the part: what was skipped and counts."""
     size, n_batches = chunk_size(len(photos)), -(-len(photos) // DECODE_BATCH)
     per_chunk, n_files = size // DECODE_BATCH, count_files(len(photos), chunks)
-    workers = decode_workers(args.n_threads, n_files, device)
+    workers = decode_workers(args.num_workers, n_files, device)
     numbers = [k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches))]
 
     def search(batch: PhotoBatch) -> tuple[PhotoBatch, Faces]:

@@ -18,7 +18,7 @@ def test_shared_flags_have_one_default_everywhere():
     for command in (infer, consensus):
         args = command.build_parser().parse_args(REQUIRED[command])
         assert (args.align, args.batch_size, args.num_workers) == ("auto", None, None)
-    assert mtcnn_crop_align.build_parser().parse_args([*REQUIRED[mtcnn_crop_align], "--n_threads", "3"]).n_threads == 3
+    assert mtcnn_crop_align.build_parser().parse_args([*REQUIRED[mtcnn_crop_align], "--n_threads", "3"]).num_workers == 3
 
 
 @pytest.mark.parametrize("command", REQUIRED)

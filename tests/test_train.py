@@ -511,9 +511,9 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
     (["--teacher", "nowhere.pt", "--data", "DRAWN"], "--teacher nowhere.pt: no such file"),
     (["--teacher", "OUT", "--data", "DRAWN"], "--out would replace it"),
     (["--resume", "--data", "DRAWN"], "--resume: there is no"),
-    (["--epochs", "0"], "--epochs: wants a whole number of at least 1"),
-    (["--lr", "minus"], "--lr: wants a number above 0"),
-    (["--data", "DRAWN", "--class_map", "White=Black,Asian"], "--class_map: wants FROM=TO"),
+    (["--epochs", "0"], "--epochs: expects an integer of at least 1"),
+    (["--lr", "minus"], "--lr: expects a number above 0"),
+    (["--data", "DRAWN", "--class_map", "White=Black,Asian"], "--class_map: expects FROM=TO"),
 ])
 def test_mistakes_are_one_line_and_exit_2(argv, said, drawn_set, tmp_path, capsys):
     out = str(tmp_path / "c.pt")

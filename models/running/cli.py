@@ -1,37 +1,49 @@
-"""What every command line shares: the one-line error, argument types, the choice of device, guarded outputs."""
+"""Command lines: the parser, argument types, the flags that commands share, and checks of output paths.
+
+A shared flag has one name and one meaning in every command, and --ckpt one default. The spellings of the two original
+projects are aliases.
+"""
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
+from models.running.version import read_version
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT_NAME = "checkpoints/resnet18_general.pt"
+DEFAULT_CHECKPOINT = str(ROOT / CHECKPOINT_NAME)    # in the repository, whatever the current directory is
+
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and exit code 2, with no usage block."""
+    """An ArgumentParser with --version, whose errors are one line and exit code 2, without a usage block."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
-        for stream in (sys.stdout, sys.stderr):             # a file name need not be UTF-8: print it as it can be
+        self.add_argument("--version", action="version", version=f"%(prog)s {read_version()}")
+        for stream in (sys.stdout, sys.stderr):     # a file name may not be valid UTF-8: its bytes are escaped
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def positive_int(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
+    """argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wants a whole number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects an integer of at least 1, got {text!r}")
     return int(text)
 
 
 def non_negative_int(text: str) -> int:
-    """argparse type: a whole number of at least 0."""
+    """argparse type: an integer of at least 0."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"wants a whole number of at least 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects an integer of at least 0, got {text!r}")
     return int(text)
 
 
@@ -42,7 +54,7 @@ def positive_float(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"wants a number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects a number above 0, got {text!r}")
     return value
 
 
@@ -53,65 +65,121 @@ def fraction(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"wants a number from 0 to 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects a number from 0 to 1, got {text!r}")
     return value
 
 
 def class_map(text: str) -> dict[str, str]:
     """argparse type: 'East_Asian=Asian,Caucasian=White' -> {'East_Asian': 'Asian', 'Caucasian': 'White'}."""
-    pairs = [part.split("=") for part in text.split(",") if part.strip()]
+    pairs = [pair.split("=") for pair in text.split(",") if pair.strip()]
     if not pairs or any(len(pair) != 2 or not pair[0].strip() or not pair[1].strip() for pair in pairs):
-        raise argparse.ArgumentTypeError(f"wants FROM=TO,FROM=TO, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects FROM=TO,FROM=TO, got {text!r}")
     return {source.strip(): target.strip() for source, target in pairs}
 
 
 def device(text: str) -> torch.device:
-    """argparse type: auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N."""
+    """argparse type: auto (CUDA if available, else the CPU), cpu, cuda or cuda:N."""
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(text)
+        parsed = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"wants auto, cpu, cuda or cuda:N, got {text!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"wants auto, cpu, cuda or cuda:N, got {text!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"expects auto, cpu, cuda or cuda:N, got {text!r}") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expects auto, cpu, cuda or cuda:N, got {text!r}")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text}: this machine has {torch.cuda.device_count()} CUDA devices; "
                                          "--device cpu runs everywhere")
-    return chosen
+    return parsed
 
 
-def add_device(parser: Parser) -> None:
+def add_data(parser: Parser, help: str, default: str | list[str] = "data/utk_races", nargs: str | None = None) -> None:
+    """--data, one labelled set of faces, or several with nargs "+"."""
+    parser.add_argument("--data", default=default, nargs=nargs, metavar="PATH", help=f"{help} (%(default)s)")
+
+
+def add_class_map(parser: Parser) -> None:
+    """--class_map, a dict of class names; empty by default."""
+    parser.add_argument("--class_map", type=class_map, default={}, metavar="FROM=TO,...", help="rename classes")
+
+
+def add_input_dir(parser: Parser, help: str, nargs: str | None = None, required: bool = False,
+                  default: str | None = None) -> None:
+    """--input_dir (--in_dir, --src): one folder, or several inputs with nargs "+"."""
+    parser.add_argument("--input_dir", "--in_dir", "--src", nargs=nargs, required=required, default=default,
+                        metavar="DIR", help=help)
+
+
+def add_output_dir(parser: Parser, help: str = "folder for the results", default: str | None = None) -> None:
+    """--output_dir (--out_dir, --dst), which is required if it has no default."""
+    parser.add_argument("--output_dir", "--out_dir", "--dst", required=default is None, default=default, metavar="DIR",
+                        help=help if default is None else f"{help} (%(default)s)")
+
+
+def add_ckpt(parser: Parser, help: str = "checkpoint of train.py, or a published Lightning checkpoint",
+             default: str | None = DEFAULT_CHECKPOINT) -> None:
+    """--ckpt; by default the one shipped checkpoint that every command uses."""
+    shown = f" (default: {CHECKPOINT_NAME} of this repository)" if default == DEFAULT_CHECKPOINT else ""
+    parser.add_argument("--ckpt", default=default, metavar="FILE", help=help + shown)
+
+
+def add_seed(parser: Parser, default: int, help: str = "seed of all random choices") -> None:
+    """--seed, an integer of at least 0."""
+    parser.add_argument("--seed", type=non_negative_int, default=default, metavar="N", help=f"{help} (%(default)s)")
+
+
+def add_num_workers(parser: Parser, help: str = "number of decoding processes (%(default)s)",
+                    default: int | None = None) -> None:
+    """--num_workers (--workers, --n_threads); worker_count() is the usual default, None leaves the choice open."""
+    parser.add_argument("--num_workers", "--workers", "--n_threads", type=non_negative_int, default=default,
+                        metavar="N", help=help)
+
+
+def add_batch_size(parser: Parser, help: str, default: int | None = None) -> None:
+    """--batch_size, an integer of at least 1; None leaves the choice to the command."""
+    parser.add_argument("--batch_size", type=positive_int, default=default, metavar="N",
+                        help=help if default is None else f"{help} (%(default)s)")
+
+
+def add_device(parser: Parser, default: str = "auto") -> None:
     """--device, whose value is a torch.device."""
-    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--device", type=device, default=default, metavar="DEVICE",
+                        help="auto, cpu, cuda or cuda:N (%(default)s)")
 
 
-def add_photo_flags(parser: Parser, workers: str = "--num_workers") -> None:
-    """How photographs are decoded and searched for faces: --min_face_size, --max_side, the workers' flag, --device."""
-    add = parser.add_argument
-    add("--min_face_size", type=positive_float, default=20, metavar="PX", help="smallest face (%(default)s)")
-    add("--max_side", type=positive_int, default=3000, metavar="PX",
-        help="longest side at which a photograph is searched; larger ones are reduced (%(default)s)")
-    add(workers, type=non_negative_int, metavar="N", help="decoding processes; with 0 a CPU's threads decode and run the "
-        "networks in turns (0 on a CPU; before CUDA by cores and list)")
+def add_photo_flags(parser: Parser) -> None:
+    """Flags of decoding and face detection: --min_face_size, --max_side, --num_workers and --device."""
+    parser.add_argument("--min_face_size", type=positive_float, default=20, metavar="PX",
+                        help="smallest face that is detected (%(default)s)")
+    parser.add_argument("--max_side", type=positive_int, default=3000, metavar="PX",
+                        help="photographs with a longer edge are reduced to it before detection (%(default)s)")
+    add_num_workers(parser, "number of decoding processes; 0 decodes in the threads that run the networks (0 on a "
+                            "CPU; with CUDA it depends on the number of cores and photographs)")
     add_device(parser)
 
 
 def add_labelling_flags(parser: Parser) -> None:
-    """How faces come to the classifier: --align, --batch_size (None where it is left open), and add_photo_flags."""
-    parser.add_argument("--align", choices=("auto", "always", "never"), default="auto", help="auto: pictures of "
-                        "exactly 112 x 112 are finished crops; never: all are, at any resolution (%(default)s)")
-    parser.add_argument("--batch_size", type=positive_int, metavar="N",
-                        help="views a call of the network (CPU 16, CUDA 256)")
+    """Flags of classification, --align and --batch_size, and those of add_photo_flags."""
+    parser.add_argument("--align", choices=("auto", "always", "never"), default="auto",
+                        help="which pictures are detected and aligned: auto: all except crops of exactly 112 x 112; "
+                             "always: all; never: none, every picture is an aligned crop of any resolution "
+                             "(%(default)s)")
+    add_batch_size(parser, "views per forward pass of the classifier (CPU 16, CUDA 256)")
     add_photo_flags(parser)
 
 
-def add_rerun_flags(parser: Parser):
-    """--overwrite and --resume, what to do about an earlier run; the group, in which one flag alone may stand."""
-    found = parser.add_mutually_exclusive_group()
-    found.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
-    found.add_argument("--resume", action="store_true", help="finish an interrupted run, keeping its finished parts")
-    return found
+def add_overwrite(parser: Parser | argparse._MutuallyExclusiveGroup,
+                  help: str = "replace the results of an earlier run") -> None:
+    """--overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help=help)
+
+
+def add_rerun_flags(parser: Parser) -> argparse._MutuallyExclusiveGroup:
+    """--overwrite and --resume. Returns their group, of which a command line may hold one flag."""
+    group = parser.add_mutually_exclusive_group()
+    add_overwrite(group)
+    group.add_argument("--resume", action="store_true", help="finish an interrupted run, keeping its finished parts")
+    return group
 
 
 def worker_count() -> int:
@@ -120,8 +188,8 @@ def worker_count() -> int:
     return min(cores, 8)
 
 
-def output_folder(parser: Parser, flag: str, folder: str) -> Path:
-    """The folder, made if need be and known to be writable; else the one-line error that names the flag."""
+def output_folder(parser: Parser, flag: str, folder: str | Path) -> Path:
+    """The folder as a Path, created if missing. A folder that is not writable is an error that names the flag."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -129,12 +197,12 @@ def output_folder(parser: Parser, flag: str, folder: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        parser.error(f"{flag} {folder}: cannot write there ({error.strerror})")
+        parser.error(f"{flag} {folder}: cannot write to this folder ({error.strerror})")
     return path
 
 
 def refuse_existing(parser: Parser, flag: str, paths: list[Path], overwrite: bool) -> None:
-    """The one-line error where an output of an earlier run would be lost and --overwrite was not given."""
-    there = [path for path in paths if path.exists()]
-    if there and not overwrite:
-        parser.error(f"{flag}: {there[0]} exists; --overwrite replaces it")
+    """Without --overwrite, an output file of an earlier run is an error that names the flag."""
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        parser.error(f"{flag}: {existing[0]} exists; --overwrite replaces it")
