@@ -19,9 +19,9 @@ from models.data.batches import load_photos
 from models.data.listing import list_images
 from models.faces.align import CHIP_LANDMARKS, TEMPLATE, align_faces, fit_similarity
 from models.faces.checkpoint import load_checkpoint
-from models.faces.labelled import align_set
 from models.faces.mtcnn import MTCNN
-from models.faces.pipeline import Predictor
+from models.faces.pipeline import FacePolicy, ViewSpec, align_photos
+from models.faces.predictor import Predictor
 
 pytestmark = pytest.mark.real
 CKPT = ROOT / infer.CKPT
@@ -130,8 +130,9 @@ def test_labels_of_infer_are_those_of_the_float32_network(ckpt, faces_data, tmp_
     checkpoint = load_checkpoint(ROOT / "checkpoints" / ckpt)
     spec, network = checkpoint.spec, checkpoint.classifier(torch.device("cpu"))
     predictor = Predictor(checkpoint, torch.device("cpu"))
-    views = torch.cat([batch.views for batch in align_set(chips, False, MTCNN(min_face_size=40), spec.window,
-                                                          spec.input_size)])
+    aligned = align_photos(chips, MTCNN(min_face_size=40), ViewSpec.of_checkpoint(spec),
+                           FacePolicy("central", "mean_landmarks"))
+    views = torch.cat([batch.views for batch in aligned])
     fast = torch.cat([predictor.probs(some) for some in views.split(64)])
     with torch.inference_mode():
         plain = torch.cat([checkpoint.probs(network(some)) for some in views.split(64)])

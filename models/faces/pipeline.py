@@ -1,37 +1,434 @@
-"""The path of a picture: files -> decoded batches -> faces -> views -> probabilities -> rows.
+"""The path of a face: files -> decoded photographs -> detected faces -> aligned views -> labels.
 
-Whatever the machine shares out, a file's batch companions are those of its chunk of the list: they depend on its
-place in the list alone, and so do, to the last bit, its numbers.
+Every command takes this path. `align_photos` turns a list of pictures and a FacePolicy into aligned
+views; `classify_photos` adds the classifier; `label_photos` is the same for a few pictures in
+Python. A file is always processed together with the same neighbours of its chunk of the list, so
+its numbers do not depend on the number of ranks or workers, to the last bit.
 """
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.data.batches import PhotoBatch, first_position, has_shared_memory, join_batches, load_photos
-from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, align_faces
-from models.faces.checkpoint import Checkpoint
-from models.faces.labelled import is_finished_crop, render_crops_views
-from models.faces.mtcnn import MTCNN, Faces
+from models.data.batches import (
+    PhotoBatch,
+    first_position,
+    has_shared_memory,
+    join_batches,
+    load_photos,
+)
+from models.data.chunks import DECODE_BATCH, chunk_size, count_chunks
+from models.faces.align import (
+    CHIP_LANDMARKS,
+    TEMPLATE,
+    TEMPLATE_SIZE,
+    WHOLE_TEMPLATE,
+    align_faces,
+)
+from models.faces.classifier import FaceSpec
+from models.faces.finished_crops import Chips, have_crop_size, views_of_crops
+from models.faces.mtcnn import Faces
+from models.faces.predictor import Predictor
+from models.faces.selection import select_faces
 from models.running.cli import worker_count
 from models.running.ranks import per_local_rank
 from models.running.threads import OrderedThreadPool
 
-DECODE_BATCH = 16           # pictures decoded, and on a CPU searched for faces, together: 16 of 3 megapixels, 150 MB
-LARGEST_CHUNK = 2048        # files: what an interrupted run does again, at most
-FEW_FILES = 64              # for so many, starting decoding workers takes longer than they save
+FEW_FILES = 64              # for fewer, starting decoding workers takes longer than they save
+VIEW_BYTES = 1 << 27        # views rendered at a time, unless one photograph alone has more
+
+
+@dataclass(frozen=True)
+class FacePolicy:
+    """Which faces of a picture are used, and what happens without one.
+
+    faces: 'largest', 'central' (the most central large face) or 'all'.
+    without_face: 'skip' reports the picture as no_face; 'mean_landmarks' aligns it by the mean
+    landmarks, relative to the picture's size, of the pictures with a face.
+    align: 'auto' takes pictures of exactly 112 x 112, or of the size of the checkpoint's chips, as
+    finished crops; 'never' takes all pictures as finished crops; 'always' takes none.
+    """
+    faces: str = "largest"
+    without_face: str = "skip"
+    align: str = "auto"
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """What is rendered of each face: a window of the template at some size in pixels.
+
+    template: where the landmarks belong. chips: size and template of a checkpoint's own aligned
+    chips. with_crops: also render the whole 112 x 112 crop of each face.
+    """
+    window: tuple[float, float, float, float]
+    size: int
+    template: tuple = TEMPLATE
+    chips: Chips | None = None
+    with_crops: bool = False
+
+    @classmethod
+    def of_checkpoint(cls, spec: FaceSpec, with_crops: bool = False) -> "ViewSpec":
+        """The input of a checkpoint's network."""
+        return cls(spec.window, spec.input_size, spec.template, spec.chip_geometry, with_crops)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How pictures are decoded: how many together, in how many processes, reduced to which size.
+
+    num_workers 0 decodes in the threads of the pool. max_side: pixels of the longest side.
+    """
+    batch_size: int = DECODE_BATCH
+    num_workers: int = 0
+    max_side: int | None = 3000
+
+
+@dataclass
+class FaceRow:
+    """A face, or a picture without one (face -1)."""
+    position: int                           # of the picture in the list
+    face: int                               # by descending size, from 0
+    status: str                             # one of predictions.STATUSES
+    aligned_by: str = ""                    # 'mtcnn', 'template' (mean landmarks) or 'crop'
+    box: tuple[float, ...] | None = None    # x1, y1, x2, y2, pixels of the upright picture
+    score: float | None = None              # of the detector
+    landmarks: Tensor | None = None         # (5, 2) float32, pixels of the upright picture
+    crop: Tensor | None = None              # (3, 112, 112) uint8
+    logits: Tensor | None = None            # (C,) float32
+    probs: Tensor | None = None             # (C,) float32
+    error: str = ""
+
+
+@dataclass
+class AlignedBatch:
+    """Aligned faces of some pictures of one chunk, and the pictures that gave none."""
+    chunk: int                              # the number of chunks for faces by mean landmarks
+    rows: list[FaceRow]                     # one for each face
+    views: Tensor                           # (n, 3, size, size) uint8
+    failures: list[FaceRow] = field(default_factory=list)
+
+    def positions(self) -> list[int]:
+        """Positions in the list of the faces' pictures."""
+        return [row.position for row in self.rows]
+
+
+@dataclass
+class FoundFaces:
+    """Selected faces of the pictures of a batch; crops has the finished crops of the batch."""
+    chunk: int
+    photos: PhotoBatch                      # those with and without a face, not the crops
+    faces: Faces                            # the selected ones, by image
+    numbers: Tensor                         # (n,) int64 by descending size within the image
+    crops: PhotoBatch
+    failures: list[FaceRow]
+
+    def faceless(self) -> list[int]:
+        """Positions in the list of the photographs without a face."""
+        with_face = set(self.faces.image_index.tolist())
+        return [position for i, position in enumerate(self.photos.positions) if i not in with_face]
+
+
+@dataclass
+class MeanLandmarks:
+    """Running mean (5, 2) float64 of landmarks relative to their pictures' (width, height)."""
+    total: Tensor = field(default_factory=lambda: torch.zeros(5, 2, dtype=torch.float64))
+    n_faces: int = 0
+
+    def add(self, landmarks: Tensor, sizes: Tensor) -> None:
+        """Adds landmarks (n, 5, 2) of pictures of sizes (n, 2), (height, width)."""
+        self.total += (landmarks.cpu().double() / sizes.flip(1)[:, None]).sum(0)
+        self.n_faces += len(landmarks)
+
+    def mean(self) -> Tensor:
+        """The mean; that of UTKFace's chips if no face was added."""
+        if self.n_faces:
+            return self.total / self.n_faces
+        return torch.tensor(CHIP_LANDMARKS, dtype=torch.float64) / 200
+
+
+def decode_workers(num_workers: int | None, n_files: int, device: torch.device) -> int:
+    """Number of decoding processes: the given number, or by default all cores for a CUDA device.
+
+    On a CPU the default is 0: the threads that run the networks decode too, and no picture has to
+    cross from one process to another.
+    """
+    if num_workers is not None:
+        return num_workers
+    use_processes = device.type == "cuda" and n_files >= FEW_FILES and has_shared_memory()
+    return per_local_rank(worker_count()) if use_processes else 0
+
+
+# ---------------------------------------------------------------------------------- files to views
+def align_photos(photos, detector: nn.Module | None, view: ViewSpec, policy: FacePolicy,
+                 loading: Loading = Loading(), *, chunks: Iterable[int] | None = None,
+                 pool: OrderedThreadPool | None = None,
+                 device: torch.device | None = None) -> Iterator[AlignedBatch]:
+    """Aligned faces of the pictures of a list, as a stream in the order of the list.
+
+    photos: anything with len() and [i] -> a path or the bytes of a file; [i] may raise PhotoError.
+    detector: detect(images, sizes) -> Faces; None is allowed where policy.align is 'never'.
+    chunks: numbers of the chunks of the list to process, by default all (see models.data.chunks).
+    pool: threads shared with the caller's own steps; device: by default that of the detector.
+
+    Every picture appears once, as rows or as a failure; pictures that are aligned by the mean
+    landmarks come last. What lies outside a picture repeats its edge.
+    """
+    device = device or (next(detector.parameters()).device if detector else torch.device("cpu"))
+    if pool is None:
+        with OrderedThreadPool(device) as pool:
+            yield from align_photos(photos, detector, view, policy, loading, chunks=chunks,
+                                    pool=pool, device=device)
+        return
+    if not len(photos):
+        return
+    size, n_chunks = chunk_size(len(photos)), count_chunks(len(photos))
+    numbers = batch_numbers(len(photos), loading.batch_size, chunks)
+    batches = load_photos(photos, loading.batch_size, usable_workers(loading), loading.max_side,
+                          batches=numbers, pool=pool)
+    found = pool.ordered_map(lambda batch: find_faces(batch, size, detector, view, policy, device),
+                             join_batches(batches, size, device))
+    mean, missed = MeanLandmarks(), []
+    if policy.without_face == "mean_landmarks":
+        found = collect_missed(found, mean, missed)
+    yield from pool.ordered_map(lambda batch: render_views(batch, view), split_found(found, view))
+    if missed:
+        batches = load_photos(photos, loading.batch_size, usable_workers(loading),
+                              loading.max_side, missed, pool=pool)
+        landmarks = mean.mean()
+        yield from pool.ordered_map(
+            lambda batch: align_by_mean(batch, n_chunks, landmarks, view, device), batches)
+
+
+def usable_workers(loading: Loading) -> int:
+    """Decoding processes, 0 where shared memory is too scarce to hand over their pictures."""
+    return loading.num_workers if has_shared_memory() else 0
+
+
+def batch_numbers(n_files: int, batch_size: int, chunks: Iterable[int] | None) -> Iterable[int]:
+    """Numbers of the decoding batches of some chunks of a list; of all batches for None.
+
+    With chunks, batch_size divides the size of a chunk.
+    """
+    n_batches = -(-n_files // batch_size)
+    if chunks is None:
+        return range(n_batches)
+    per_chunk = chunk_size(n_files) // batch_size
+    return itertools.chain.from_iterable(
+        range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)) for chunk in chunks)
+
+
+def find_faces(batch: PhotoBatch, size: int, detector: nn.Module | None, view: ViewSpec,
+               policy: FacePolicy, device: torch.device) -> FoundFaces:
+    """The selected faces of a batch of pictures of a list in chunks of `size` files."""
+    chunk = first_position(batch) // size
+    failures = [FaceRow(position, -1, status, error=reason)
+                for position, status, reason in batch.failures]
+    batch = replace(batch, images=batch.images.to(device))
+    is_crop = finished_crops(batch, view, policy)
+    crops, photos = select_photos(batch, is_crop), select_photos(batch, ~is_crop)
+    if policy.align == "never":
+        crops, not_square = square_only(crops)
+        failures += not_square
+    if not len(photos.positions) or detector is None:
+        return FoundFaces(chunk, photos, no_faces(device), torch.zeros(0, dtype=torch.int64),
+                          crops, failures)
+    search = detector.detect
+    if policy.faces == "largest":
+        search = getattr(detector, "detect_largest", search)
+    faces = search(photos.images, photos.sizes)
+    rows, numbers = select_faces(faces, photos.sizes, policy.faces)
+    found = FoundFaces(chunk, photos, faces.select(rows.to(faces.boxes.device)), numbers, crops,
+                       failures)
+    if policy.without_face == "skip":
+        failures += [FaceRow(position, -1, "no_face") for position in found.faceless()]
+    return found
+
+
+def finished_crops(batch: PhotoBatch, view: ViewSpec, policy: FacePolicy) -> Tensor:
+    """Which pictures (B,) bool of a batch are taken as finished crops."""
+    if policy.align == "auto":
+        return have_crop_size(batch.sizes, view.chips)
+    return torch.full((len(batch.positions),), policy.align == "never")
+
+
+def select_photos(batch: PhotoBatch, chosen: Tensor) -> PhotoBatch:
+    """The decoded pictures of a batch for which chosen (B,) bool is true, without its failures."""
+    if chosen.all():
+        return replace(batch, failures=[])
+    positions = [position for position, is_chosen
+                 in zip(batch.positions, chosen.tolist(), strict=True) if is_chosen]
+    return PhotoBatch(positions, batch.images[chosen.to(batch.images.device)], batch.sizes[chosen],
+                      batch.scales[chosen], [])
+
+
+def square_only(crops: PhotoBatch) -> tuple[PhotoBatch, list[FaceRow]]:
+    """The square pictures of a batch, and a failure for each other one: a crop is square."""
+    is_square = crops.sizes[:, 0] == crops.sizes[:, 1]
+    failures = []
+    for i in (~is_square).nonzero()[:, 0].tolist():
+        height, width = crops.sizes[i].tolist()
+        failures.append(FaceRow(crops.positions[i], -1, "unreadable", error=f"{width} x {height} "
+                                "pixels: a finished crop is square (--align never)"))
+    return select_photos(crops, is_square), failures
+
+
+def no_faces(device: torch.device) -> Faces:
+    """Zero faces."""
+    return Faces(torch.zeros(0, 4, device=device), torch.zeros(0, device=device),
+                 torch.zeros(0, 5, 2, device=device),
+                 torch.zeros(0, dtype=torch.int64, device=device))
+
+
+def collect_missed(found: Iterable[FoundFaces], mean: MeanLandmarks,
+                   missed: list[int]) -> Iterator[FoundFaces]:
+    """The same batches; adds their landmarks to the mean and the faceless positions to missed."""
+    for batch in found:
+        mean.add(batch.faces.landmarks, batch.photos.sizes[batch.faces.image_index.cpu()])
+        missed += batch.faceless()
+        yield batch
+
+
+def split_found(found: Iterable[FoundFaces], view: ViewSpec) -> Iterator[FoundFaces]:
+    """The same faces in batches of at most about VIEW_BYTES of views; no photograph is divided."""
+    most = max(1, VIEW_BYTES // (3 * view.size ** 2))
+    for batch in found:
+        if len(batch.numbers) <= most:
+            yield batch
+            continue
+        counts = batch.faces.image_index.cpu().unique_consecutive(return_counts=True)[1].tolist()
+        start = end = 0
+        for count, following in zip(counts, [*counts[1:], most + 1], strict=True):
+            end += count
+            if end - start + following > most:
+                rows = slice(start, end)
+                yield replace(batch, faces=Faces(*(v[rows] for v in vars(batch.faces).values())),
+                              numbers=batch.numbers[rows], crops=batch.crops if not start else
+                              select_photos(batch.crops, torch.zeros(len(batch.crops.positions),
+                                                                     dtype=torch.bool)),
+                              failures=[] if start else batch.failures)
+                start = end
+
+
+def render_views(found: FoundFaces, view: ViewSpec) -> AlignedBatch:
+    """Views of finished crops and of faces aligned by their landmarks, in this order."""
+    rows, views = crop_rows(found.crops, view)
+    photo_faces, photo_views = photo_rows(found, view)
+    return AlignedBatch(found.chunk, rows + photo_faces, torch.cat([views, photo_views]),
+                        found.failures)
+
+
+def crop_rows(crops: PhotoBatch, view: ViewSpec) -> tuple[list[FaceRow], Tensor]:
+    """Rows and views of finished crops of any resolution."""
+    views = views_of_crops(crops.images, crops.sizes, view.window, view.size, view.template,
+                           view.chips)
+    whole_crops: Iterable = itertools.repeat(None, len(views))
+    if view.with_crops:
+        whole_crops = views_of_crops(crops.images, crops.sizes, WHOLE_TEMPLATE, TEMPLATE_SIZE,
+                                     chips=view.chips).cpu()
+    rows = [FaceRow(position, 0, "ok", "crop", crop=crop)
+            for position, crop in zip(crops.positions, whole_crops, strict=True)]
+    return rows, views
+
+
+def photo_rows(found: FoundFaces, view: ViewSpec) -> tuple[list[FaceRow], Tensor]:
+    """Rows and views of the faces of photographs, aligned by their landmarks."""
+    photos, faces = found.photos, found.faces
+    source = photos.images, photos.sizes, faces.image_index, faces.landmarks
+    views = align_faces(*source, view.window, view.size, view.template)
+    whole_crops: Iterable = itertools.repeat(None, len(views))
+    if view.with_crops:
+        whole_crops = align_faces(*source, WHOLE_TEMPLATE, TEMPLATE_SIZE).cpu()
+    image_index = faces.image_index.cpu()
+    scales = photos.scales[image_index, None]
+    columns = zip(image_index.tolist(), found.numbers.tolist(),
+                  (faces.boxes.cpu() / scales).tolist(), faces.scores.tolist(),
+                  faces.landmarks.cpu() / scales[:, None], whole_crops, strict=True)
+    rows = [FaceRow(photos.positions[i], number, "ok", "mtcnn", tuple(box), score, landmarks, crop)
+            for i, number, box, score, landmarks, crop in columns]
+    return rows, views
+
+
+def align_by_mean(batch: PhotoBatch, chunk: int, mean: Tensor, view: ViewSpec,
+                  device: torch.device) -> AlignedBatch:
+    """Views of photographs without a face, by mean landmarks (5, 2) relative to their size."""
+    landmarks = (mean * batch.sizes.flip(1)[:, None]).float()
+    source = batch.images.to(device), batch.sizes, torch.arange(len(batch.positions)), landmarks
+    views = align_faces(*source, view.window, view.size, view.template)
+    rows = [FaceRow(position, 0, "ok", "template") for position in batch.positions]
+    return AlignedBatch(chunk, rows, views, [FaceRow(position, -1, status, error=reason)
+                                             for position, status, reason in batch.failures])
+
+
+# --------------------------------------------------------------------------------- views to labels
+@dataclass(frozen=True)
+class Classification:
+    """How views are classified: batch_size in one call of the network, flip as test-time
+    augmentation, and transform, applied to each batch of views before the network."""
+    batch_size: int = 16
+    flip: bool = False
+    transform: Callable[[Tensor], Tensor] | None = None
+
+
+def classify_photos(photos, predictor: Predictor, detector: nn.Module | None, policy: FacePolicy,
+                    loading: Loading = Loading(), classification: Classification = Classification(),
+                    *, view: ViewSpec | None = None,
+                    chunks: Iterable[int] | None = None) -> Iterator[tuple[int, list[FaceRow]]]:
+    """(chunk, its rows by position and face) of a list of pictures; every picture has a row.
+
+    photos, detector and chunks are those of align_photos; view is by default the network's input.
+    Rows by mean landmarks come as a chunk of their own at the end.
+    """
+    view = view or ViewSpec.of_checkpoint(predictor.spec)
+    with OrderedThreadPool(predictor.device) as pool:
+        aligned = align_photos(photos, detector, view, policy, loading, chunks=chunks, pool=pool,
+                               device=predictor.device)
+        classified = pool.ordered_map(
+            lambda batch: classify_batch(batch, predictor, classification),
+            full_batches(aligned, classification.batch_size))
+        for chunk, batches in itertools.groupby(classified, lambda batch: batch.chunk):
+            rows = [row for batch in batches for row in batch.rows + batch.failures]
+            yield chunk, sorted(rows, key=lambda row: (row.position, row.face))
+
+
+def full_batches(aligned: Iterable[AlignedBatch], batch_size: int) -> Iterator[AlignedBatch]:
+    """The same faces in order, batch_size together; the last batch of a chunk may be short."""
+    for chunk, batches in itertools.groupby(aligned, lambda batch: batch.chunk):
+        rows: list[FaceRow] = []
+        views: list[Tensor] = []
+        failures: list[FaceRow] = []
+        for batch in batches:
+            rows += batch.rows
+            views += batch.views
+            failures += batch.failures
+            while len(rows) >= batch_size:
+                yield AlignedBatch(chunk, rows[:batch_size], torch.stack(views[:batch_size]),
+                                   failures)
+                rows, views, failures = rows[batch_size:], views[batch_size:], []
+        yield AlignedBatch(chunk, rows, torch.stack(views) if views else torch.zeros(0), failures)
+
+
+def classify_batch(batch: AlignedBatch, predictor: Predictor,
+                   classification: Classification) -> AlignedBatch:
+    """The same batch without views; its rows have logits and calibrated probabilities."""
+    if batch.rows:
+        views = batch.views
+        if classification.transform:
+            views = classification.transform(views)
+        logits = predictor.logits(views, classification.flip)
+        probs = predictor.checkpoint.probs(logits).cpu()
+        for row, row_logits, row_probs in zip(batch.rows, logits.cpu(), probs, strict=True):
+            row.logits, row.probs = row_logits, row_probs
+    return replace(batch, views=torch.zeros(0))
+
+
+# ------------------------------------------------------------- temporary names, until their callers
+Row = FaceRow
 
 
 @dataclass
 class Settings:
-    """How files become rows. align: auto, always or never; faces: largest or all; flip: average with the mirror view.
-
-    batch_size: views in one call of the network. max_side: pixels, larger pictures are reduced. crops: keep each
-    face's 112 x 112 crop in its row, for grids.
-    """
     align: str = "auto"
     faces: str = "largest"
     flip: bool = False
@@ -41,223 +438,14 @@ class Settings:
     crops: bool = False
 
 
-@dataclass
-class Row:
-    """A face, or a picture without one (face -1). box (x1, y1, x2, y2): pixels of the picture as it stands upright."""
-    position: int                       # of the picture in the list
-    face: int                           # by descending size, from 0
-    status: str                         # one of STATUSES
-    probs: Tensor | None = None         # (C,) float32
-    box: tuple[float, ...] | None = None    # None of a picture that came as a finished crop
-    score: float | None = None          # the detector's
-    crop: Tensor | None = None          # (3, 112, 112) uint8
-    error: str = ""
+def classify_files(photos, predictor, detector, settings, chunks=None):
+    yield from classify_photos(
+        photos, predictor, detector, FacePolicy(settings.faces, align=settings.align),
+        Loading(num_workers=settings.workers, max_side=settings.max_side),
+        Classification(settings.batch_size, settings.flip), chunks=chunks,
+        view=ViewSpec.of_checkpoint(predictor.spec, settings.crops))
 
 
-class Predictor:
-    """The network of one checkpoint, ready for inference on a device: views -> probabilities.
-
-    Its convolutions are bfloat16 on a CPU that multiplies it: by matrices (AMX) four times as fast as float32, by
-    vectors (AVX512_BF16) almost twice; on other CPUs it is slower. Input and last layer stay float32: logits of 8 bits
-    would make different faces look like repeated pictures. docs/performance.md has how far the answers differ.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
-        self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
-        self.network = fold_batch_norm(checkpoint.classifier(device)).to(memory_format=torch.channels_last)
-        able = torch.cpu.get_capabilities()
-        self.bfloat16 = device.type == "cpu" and any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))
-        if self.bfloat16:
-            backbone = self.network.backbone
-            backbone.conv1.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),))
-            backbone.fc.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-            for module in backbone.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.bfloat16()
-
-    @torch.inference_mode()
-    def probs(self, views: Tensor, flip: bool = False) -> Tensor:
-        """views (n, 3, S, S) uint8 -> probabilities (n, C) float32 on the CPU; n may be 0."""
-        return self.checkpoint.probs(self.logits(views, flip)).cpu()
-
-    @torch.inference_mode()
-    def logits(self, views: Tensor, flip: bool = False) -> Tensor:
-        """views (n, 3, S, S) uint8 -> logits (n, C) float32 on the device; n may be 0.
-
-        With `flip` the mean of the logits of each view and of its mirror image (test-time augmentation).
-        """
-        logits = self.network(views)
-        return (logits + self.network(views.flip(3))) / 2 if flip else logits
-
-
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """The model in place, each convolution followed by a batch-norm made one convolution: the same numbers, sooner."""
-    for module in list(model.modules()):
-        for (name, first), (after, second) in itertools.pairwise(list(module.named_children())):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(first, second))
-                setattr(module, after, nn.Identity())
-    return model
-
-
-def chunk_size(n_files: int) -> int:
-    """Files of one chunk: a multiple of DECODE_BATCH, a 32nd of the list, at most LARGEST_CHUNK."""
-    return min(LARGEST_CHUNK, -(-n_files // (32 * DECODE_BATCH)) * DECODE_BATCH)
-
-
-def count_chunks(n_files: int) -> int:
-    """Chunks of a list of n_files, which is not empty; the last chunk may be short."""
-    return -(-n_files // chunk_size(n_files))
-
-
-def count_files(n_files: int, chunks: Iterable[int]) -> int:
-    """Files in some chunks of a list of n_files."""
-    size = chunk_size(n_files)
-    return sum(min(size, n_files - chunk * size) for chunk in chunks)
-
-
-def network_batch(device: torch.device) -> int:
-    """Default number of views in one call of a network: on a CPU as many as its caches hold the activations of."""
-    return 256 if device.type == "cuda" else 16
-
-
-def decode_workers(asked: int | None, n_files: int, device: torch.device) -> int:
-    """Decoding workers: as many as are asked for, else all cores before a CUDA device and none beside a CPU's networks.
-
-    There the threads that run the networks decode too: nothing need cross from one process to another.
-    """
-    if asked is not None:
-        return asked
-    return per_local_rank(worker_count()) if device.type == "cuda" and n_files >= FEW_FILES and has_shared_memory() else 0
-
-
-def classify_files(photos, predictor: Predictor, detector: MTCNN | None, settings: Settings,
-                   chunks: Iterable[int] | None = None) -> Iterator[tuple[int, list[Row]]]:
-    """(chunk, its rows) for chunks of a list of pictures, rows by position and face; decoding goes on meanwhile.
-
-    photos: anything with len() and [i] -> a path or the bytes of a file. Chunk k is chunk_size(len(photos)) files
-    from k times that on; by default all. Every picture has a row. detector may be None where align is 'never'.
-    """
-    size = chunk_size(len(photos))
-    n_batches = -(-len(photos) // DECODE_BATCH)
-    per_chunk = size // DECODE_BATCH
-    chunks = range(count_chunks(len(photos))) if chunks is None else chunks
-    numbers = (k for chunk in chunks for k in range(chunk * per_chunk, min((chunk + 1) * per_chunk, n_batches)))
-    with OrderedThreadPool(predictor.device, single_threaded_caller=True) as pool:
-        batches = load_photos(photos, DECODE_BATCH, settings.workers, settings.max_side, batches=numbers, pool=pool)
-        batches = join_batches(batches, size, predictor.device)
-        found = pool.ordered_map(lambda batch: find_faces(batch, size, predictor, detector, settings), batches)
-        labelled = pool.ordered_map(lambda some: label_faces(some, predictor, settings),
-                                 full_batches(found, settings.batch_size))
-        for chunk, its in itertools.groupby(labelled, lambda some: some.chunk):
-            yield chunk, sorted((row for some in its for row in some.faces + some.without),
-                                key=lambda row: (row.position, row.face))
-
-
-@dataclass
-class Found:
-    """Rows of some pictures of a chunk: of faces, with a view (3, S, S) uint8 each, and of pictures without one."""
-    chunk: int
-    faces: list[Row]
-    views: list[Tensor]
-    without: list[Row]
-
-
-def full_batches(found: Iterable[Found], batch_size: int) -> Iterator[Found]:
-    """The same rows in the same order, batch_size faces together; the last of each chunk may have fewer, or none."""
-    for chunk, its in itertools.groupby(found, lambda some: some.chunk):
-        faces, views, without = [], [], []
-        for some in its:
-            faces += some.faces
-            views += some.views
-            without += some.without
-            while len(faces) >= batch_size:
-                yield Found(chunk, faces[:batch_size], views[:batch_size], without)
-                faces, views, without = faces[batch_size:], views[batch_size:], []
-        yield Found(chunk, faces, views, without)
-
-
-def label_faces(found: Found, predictor: Predictor, settings: Settings) -> Found:
-    """The same, its faces with their probabilities."""
-    probs = predictor.probs(torch.stack(found.views), settings.flip) if found.faces else ()
-    for row, its in zip(found.faces, probs, strict=True):
-        row.probs = its
-    return replace(found, views=[])
-
-
-def find_faces(batch: PhotoBatch, size: int, predictor: Predictor, detector: MTCNN | None, settings: Settings) -> Found:
-    """The faces of a batch of pictures of a list in chunks of `size`, those of finished crops first."""
-    batch = replace(batch, images=batch.images.to(predictor.device))
-    crops = torch.zeros(len(batch.positions), dtype=torch.bool)
-    if settings.align == "never":
-        crops = torch.ones_like(crops)
-    elif settings.align == "auto":
-        crops = is_finished_crop(batch.sizes, predictor.spec.chip_geometry)
-    parts = [crop_rows(take(batch, crops), predictor.spec, settings)]
-    if not crops.all():
-        photos = take(batch, ~crops)
-        search = detector.detect_largest if settings.faces == "largest" else detector.detect
-        parts.append(photo_rows(photos, search(photos.images, photos.sizes), predictor.spec, settings))
-    rows = [row for its_rows, _ in parts for row in its_rows]
-    without = [Row(position, -1, status, error=why) for position, status, why in batch.failures]
-    return Found(first_position(batch) // size, [row for row in rows if row.status == "ok"],
-                 [view for _, views in parts for view in views], without + [row for row in rows if row.status != "ok"])
-
-
-def take(batch: PhotoBatch, which: Tensor) -> PhotoBatch:
-    """The decoded pictures of a batch at which (B,) bool is true, without its failures."""
-    if which.all():
-        return replace(batch, failures=[])
-    positions = [position for position, taken in zip(batch.positions, which.tolist(), strict=True) if taken]
-    return PhotoBatch(positions, batch.images[which.to(batch.images.device)], batch.sizes[which],
-                      batch.scales[which], [])
-
-
-def crop_rows(batch: PhotoBatch, spec, settings: Settings) -> tuple[list[Row], Tensor]:
-    """Rows and views of finished crops, of any resolution; a picture that is not square cannot be one."""
-    square = batch.sizes[:, 0] == batch.sizes[:, 1]
-    crops = take(batch, square)
-    found = crops.images, crops.sizes
-    views = render_crops_views(*found, spec.window, spec.input_size, spec.template, spec.chip_geometry)
-    shown = [None] * len(views)
-    if settings.crops:
-        shown = render_crops_views(*found, WHOLE_TEMPLATE, TEMPLATE_SIZE, chips=spec.chip_geometry).cpu()
-    rows = [Row(position, 0, "ok", crop=crop) for position, crop in zip(crops.positions, shown, strict=True)]
-    for i in (~square).nonzero()[:, 0].tolist():
-        height, width = batch.sizes[i].tolist()
-        rows.append(Row(batch.positions[i], -1, "unreadable",
-                        error=f"{width} x {height} pixels: a finished crop is square (--align never)"))
-    return rows, views
-
-
-def rank_by_size(faces: Faces) -> tuple[Tensor, Tensor]:
-    """Order (n,) int64 of faces by image and, within it, descending box area; the number (n,) of each in its image."""
-    boxes, image_index = faces.boxes.cpu(), faces.image_index.cpu()
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    order = area.argsort(descending=True, stable=True)
-    order = order[image_index[order].argsort(stable=True)]
-    image = image_index[order]
-    return order, torch.arange(len(order)) - torch.searchsorted(image, image)
-
-
-def photo_rows(batch: PhotoBatch, faces: Faces, spec, settings: Settings) -> tuple[list[Row], Tensor]:
-    """Rows of photographs in which faces were searched, and the views of the faces, aligned by their landmarks."""
-    order, number = rank_by_size(faces)
-    if settings.faces == "largest":
-        order, number = order[number == 0], number[number == 0]
-    device = batch.images.device
-    where = order.to(device)
-    image_index, landmarks = faces.image_index[where], faces.landmarks[where]
-    found = batch.images, batch.sizes, image_index, landmarks
-    views = align_faces(*found, spec.window, spec.input_size, spec.template)
-    crops = align_faces(*found, WHOLE_TEMPLATE, TEMPLATE_SIZE).cpu() if settings.crops else [None] * len(order)
-    image_index = image_index.cpu()
-    boxes = (faces.boxes.cpu()[order] / batch.scales[image_index, None]).tolist()
-    scores = faces.scores.cpu()[order].tolist()
-    rows = [Row(batch.positions[i], face, "ok", None, tuple(box), score, crop)
-            for i, face, box, score, crop in zip(image_index.tolist(), number.tolist(), boxes, scores, crops,
-                                                 strict=True)]
-    empty = sorted(set(range(len(batch.positions))) - set(image_index.tolist()))
-    return rows + [Row(batch.positions[i], -1, "no_face") for i in empty], views
-
-
+from models.data.chunks import count_files  # noqa: E402, F401
+from models.faces.predictor import network_batch_size as network_batch  # noqa: E402, F401
+from models.faces.selection import rank_by_size  # noqa: E402, F401
