@@ -68,7 +68,6 @@ from models.running.parts import (
 )
 from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
 
-CKPT = "checkpoints/resnet18_general.pt"
 PARTS = "infer_parts"       # folder of an unfinished run, in the output folder
 MIN_FACES = 20              # for fewer faces, shares are not estimated
 CROP_BYTES = 3 * TEMPLATE_SIZE * TEMPLATE_SIZE
@@ -78,13 +77,11 @@ def build_parser() -> cli.Parser:
     """All flags and their defaults."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--input_dir", nargs="+", metavar="DIR",
-        help="folder of pictures, with subfolders, or .tar shards")
+    cli.add_input_dir(parser, "folder of pictures, with subfolders, or .tar shards", nargs="+")
     add("--in_list", metavar="FILE",
         help="list of pictures, one path a line, relative to --input_dir if that is given")
-    add("--output_dir", required=True, metavar="DIR", help="folder for the results")
-    add("--ckpt", default=str(Path(__file__).resolve().parent / CKPT), metavar="FILE",
-        help=f"checkpoint of train.py, or a published Lightning checkpoint ({CKPT})")
+    cli.add_output_dir(parser)
+    cli.add_ckpt(parser)
     add("--faces", choices=("largest", "all"), default="largest",
         help="which faces of a picture are labelled (%(default)s)")
     add("--flip", action="store_true",

@@ -691,7 +691,7 @@ def parse_args(argv: list[str] | None = None):
     add("--only", choices=ENTRIES, metavar="NAME", help=", ".join(ENTRIES))
     add("--data", type=Path, default=Path(os.environ.get("FACES_DATA", ROOT.parent / "shared" / "data")), metavar="DIR",
         help="folder with UTKFace.tar and wild.tar (FACES_DATA, else ../shared/data beside the repository)")
-    add("--ckpt", default=str(ROOT / infer.CKPT), metavar="FILE", help="checkpoint whose network runs")
+    add("--ckpt", default=str(ROOT / "checkpoints/resnet18_general.pt"), metavar="FILE", help="checkpoint whose network runs")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results.json", metavar="FILE", help="where the figures go")
     args = parser.parse_args(argv)
     for archive in ("UTKFace.tar", "wild.tar"):

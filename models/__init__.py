@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.faces.checkpoint import load_checkpoint as load_checkpoint
-    from models.faces.pipeline import label_photos as label_photos
+    from models.faces.labelling import label_photos as label_photos
 
-MODULE_OF = {"label_photos": "models.faces.pipeline", "load_checkpoint": "models.faces.checkpoint"}
+MODULE_OF = {"label_photos": "models.faces.labelling", "load_checkpoint": "models.faces.checkpoint"}
 __all__ = ["label_photos", "load_checkpoint"]
 
 

@@ -22,9 +22,10 @@ from models.faces.checkpoint import load_checkpoint
 from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import FacePolicy, ViewSpec, align_photos
 from models.faces.predictor import Predictor
+from models.running import cli
 
 pytestmark = pytest.mark.real
-CKPT = ROOT / infer.CKPT
+CKPT = Path(cli.DEFAULT_CHECKPOINT)
 # Reports under visualizations/ of the shipped checkpoints, and the test set that each is of.
 REPORTS = {"test": ("resnet18_utk.pt", "utk"), "fairface_val": ("resnet18_utk.pt", "fairface"),
            "general_test": ("resnet18_general.pt", "utk"), "general_fairface_val": ("resnet18_general.pt", "fairface")}
