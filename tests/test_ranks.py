@@ -52,7 +52,7 @@ def test_ranks_share_the_devices_of_their_machine(ranks, device, backend, monkey
     assert joined == [chosen, (backend, chosen if backend == "nccl" else None)]
 
 
-def test_merged_parts_follow_the_head(tmp_path):
+def test_merged_parts_follow_the_header(tmp_path):
     parts = [tmp_path / f"{i}.part" for i in range(12)]
     for i, part in enumerate(parts):
         part.write_bytes(b"%d\n" % i * i)
@@ -60,11 +60,11 @@ def test_merged_parts_follow_the_head(tmp_path):
     assert (tmp_path / "whole").read_bytes() == b"head\n" + b"".join(part.read_bytes() for part in parts)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     target = tmp_path / "result"
     target.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(target) as beside:
-        beside.write_text("half")
+    with pytest.raises(RuntimeError), atomic_write(target) as temporary_path:
+        temporary_path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["result"]

@@ -1,4 +1,4 @@
-"""running/files"""
+"""Output files that are written completely or not at all."""
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,20 +8,27 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A place beside `path` to write to; what lies there at the end is moved to `path`, whole or not at all."""
+    """A temporary path in the same folder, whose file replaces `path` when the block ends.
+
+    An exception in the block removes the temporary file and leaves `path` as it was.
+    """
     path = Path(path)
-    beside = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")      # its ending tells writers the format
+    # The suffix stays the same, because writers choose the file format by it.
+    temporary_path = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield beside
-        os.replace(beside, path)
+        yield temporary_path
+        os.replace(temporary_path, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
 
 
-def merge_parts(parts: list[Path], target: str | Path, head: bytes = b"") -> None:
-    """Writes head and then the bytes of all parts, in their order, as one file; memory does not grow with them."""
-    with atomic_write(target) as beside, open(beside, "wb") as merged:
-        merged.write(head)
+def merge_parts(parts: list[Path], target: str | Path, header: bytes = b"") -> None:
+    """Writes the header and then the bytes of all parts, in order, as one file.
+
+    The files are copied in blocks, so memory does not grow with their sizes.
+    """
+    with atomic_write(target) as temporary_path, open(temporary_path, "wb") as merged:
+        merged.write(header)
         for part in parts:
             with open(part, "rb") as file:
                 shutil.copyfileobj(file, merged, 1 << 20)

@@ -1,4 +1,4 @@
-"""An unfinished run: a folder of its finished parts and what was asked of it, begun anew or resumed."""
+"""Resumable runs: a folder with the finished parts of a run and its settings."""
 import json
 import shutil
 from collections.abc import Callable
@@ -9,59 +9,68 @@ from models.running.ranks import broadcast_from_rank0
 
 
 class PartsError(Exception):
-    """Why a run cannot be begun or resumed, in a line that names the flag."""
+    """A run that cannot be started or resumed; the message is one line that names the flag."""
 
 
 def exit_if_finished(parser: Parser, folder: Path, result: Path) -> None:
-    """Ends the program, with nothing done, where the run to resume has its result and no folder of parts any more."""
+    """Ends the program with exit code 0 if the run to resume has its result and no parts left."""
     if result.exists() and not folder.exists():
         parser.exit(0, f"{result} is finished: nothing to resume\n")
 
 
-def open_parts(parser: Parser, folder: Path, asked: dict, begin: Callable[[Path], None], rank: int, *, resume: bool,
-               overwrite: bool) -> None:
-    """Makes the folder of parts and lets begin(folder) fill it, or finds it again; rank 0 does so for all ranks.
+def open_parts(parser: Parser, folder: Path, settings: dict, initialise: Callable[[Path], None],
+               rank: int, *, resume: bool, overwrite: bool) -> None:
+    """Creates a folder of parts on rank 0 and fills it by initialise(folder), or resumes one.
 
-    asked: all flags that decide what a part holds (values as JSON knows them); a run is resumed with the same only.
-    A PartsError, of begin or of the folder found, ends every rank with one line; a folder made for nothing is gone
-    then.
+    settings: the flags that determine the contents of a part, as JSON values. A run can only be
+    resumed with the same settings. A PartsError ends every rank with one line; a folder created by
+    a failing start is removed.
     """
     problem = ""
     if rank == 0:
         try:
-            prepare_parts(folder, asked, begin, resume, overwrite)
+            prepare_parts(folder, settings, initialise, resume, overwrite)
         except PartsError as error:
             problem = str(error)
     if problem := broadcast_from_rank0(problem):
         parser.error(problem) if rank == 0 else parser.exit(2)
 
 
-def prepare_parts(folder: Path, asked: dict, begin: Callable[[Path], None], resume: bool, overwrite: bool) -> None:
-    """What open_parts does, for the one process that does it."""
-    asked = json.loads(json.dumps(asked))                       # tuples become lists, as they come back from the file
+def prepare_parts(folder: Path, settings: dict, initialise: Callable[[Path], None], resume: bool,
+                  overwrite: bool) -> None:
+    """open_parts for the one process that writes. Raises PartsError."""
+    settings = json.loads(json.dumps(settings))         # tuples become lists, as in the file
     if resume and (folder / "run.json").exists():
-        begun = json.loads((folder / "run.json").read_text())
-        if differing := [name for name in asked if begun.get(name) != asked[name]]:
-            raise PartsError(f"--resume: the run in {folder} was begun with another --{differing[0]} "
-                             f"({begun.get(differing[0])}, now {asked[differing[0]]})")
+        check_settings(folder, settings)
         return
     if folder.exists() and not (overwrite or resume):
-        raise PartsError(f"{folder} holds an unfinished run; --resume finishes it, --overwrite begins anew")
+        raise PartsError(f"{folder} holds an unfinished run; --resume finishes it, --overwrite "
+                         "starts again")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        begin(folder)
-        (folder / "run.json").write_text(json.dumps(asked))
+        initialise(folder)
+        (folder / "run.json").write_text(json.dumps(settings))
     except BaseException:
         shutil.rmtree(folder)
         raise
 
 
+def check_settings(folder: Path, settings: dict) -> None:
+    """Raises PartsError if the run in the folder was started with other settings."""
+    saved = json.loads((folder / "run.json").read_text())
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise PartsError(f"--resume: the run in {folder} was started with another --{name} "
+                             f"({saved.get(name)}, now {value})")
+
+
 def missing_parts(folder: Path, n_chunks: int, kind: str) -> list[int]:
-    """The chunks that have no part of a kind yet, as rank 0 sees it for all ranks."""
-    return broadcast_from_rank0([chunk for chunk in range(n_chunks) if not part_path(folder, chunk, kind).exists()])
+    """Chunks without a part of this kind, as seen by rank 0; the same list on every rank."""
+    missing = [chunk for chunk in range(n_chunks) if not part_path(folder, chunk, kind).exists()]
+    return broadcast_from_rank0(missing)
 
 
 def part_path(folder: Path, chunk: int, kind: str) -> Path:
-    """File of what a chunk of the list gave; kind is its extension."""
+    """File with the results of one chunk of the list; kind is the file's extension."""
     return folder / f"{chunk:06d}.{kind}"

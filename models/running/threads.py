@@ -1,83 +1,94 @@
-"""A CPU's cores shared out: several pictures at once, a core each, instead of all cores on one small operation."""
+"""Parallelism on a CPU: several batches at once, with one core each."""
 import ctypes
 import platform
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import torch
 
-MAX_THREADS = 8         # each holds decoded batches and the networks' working memory
-MAX_PENDING = 2         # results that may wait for a slow one before them
-# Options of glibc's mallopt (malloc.h) and what they are set to. Else each thread keeps freed memory that no other may
-# use, and what all have freed goes back to the system with almost every layer, to be asked for again a page at a time.
-MALLOC = {"M_ARENA_MAX": (-8, 1), "M_TRIM_THRESHOLD": (-1, 256 << 20), "M_MMAP_THRESHOLD": (-3, 32 << 20)}
-SWITCH = 0.0005          # seconds after which a thread that runs Python makes room for one that waits to start a layer
+T, R = TypeVar("T"), TypeVar("R")
+
+MAX_THREADS = 8         # each thread holds decoded batches and the networks' working memory
+MAX_PENDING = 2         # finished results that may wait for a slower one before them
+# Options of glibc's mallopt (malloc.h) and their values. By default each thread keeps freed memory
+# that no other thread can use, and memory goes back to the system after almost every layer, to be
+# requested again page by page.
+MALLOPT_OPTIONS = {"M_ARENA_MAX": (-8, 1), "M_TRIM_THRESHOLD": (-1, 256 << 20),
+                   "M_MMAP_THRESHOLD": (-3, 32 << 20)}
+SWITCH_INTERVAL = 0.0005    # seconds until a thread hands the interpreter to one that waits for it
 
 
 class OrderedThreadPool:
-    """A thread for each of PyTorch's on a CPU, MAX_THREADS at most, while the block runs; one, the caller's, on CUDA.
+    """Inside the with-block, on a CPU, one thread per thread of PyTorch, at most MAX_THREADS.
 
-    Detection is hundreds of small operations: two threads on each are hardly faster than one, two pictures at once
-    are. On CUDA, threads that start them wait for one another. Steps that follow one another share one object: with
-    threads of its own, each would take cores from the next.
-    single_threaded_caller: the caller's own operations, which are few, run on one thread meanwhile; helpers of theirs would wait
-    for more work in a loop, on these threads' cores.
+    Detection consists of hundreds of small operations. Two threads within each operation are hardly
+    faster than one, but two batches at once are. On CUDA, threads that launch kernels
+    wait for one another, so the caller's thread does all the work. Steps of a pipeline share one
+    pool: each pool would take cores from the others.
+    single_threaded_caller: the caller's own few operations run on one thread inside the block.
+    Otherwise PyTorch's worker threads would wait for them in a busy loop, on the cores of the pool.
     """
 
     def __init__(self, device: torch.device, single_threaded_caller: bool = False):
         self.single_threaded_caller = single_threaded_caller
-        self.before = torch.get_num_threads()
-        self.threads = min(self.before, MAX_THREADS) if device.type == "cpu" else 1
+        self.torch_threads = torch.get_num_threads()
+        self.n_threads = min(self.torch_threads, MAX_THREADS) if device.type == "cpu" else 1
 
     def __enter__(self) -> "OrderedThreadPool":
-        if self.threads > 1:
+        if self.n_threads > 1:
             keep_freed_memory()
-            self.interval = sys.getswitchinterval()
-            sys.setswitchinterval(SWITCH)
+            self.switch_interval = sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH_INTERVAL)
             if self.single_threaded_caller:
                 torch.set_num_threads(1)
-            self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+            self.pool = ThreadPoolExecutor(self.n_threads, initializer=torch.set_num_threads,
+                                           initargs=(1,))
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.threads > 1:
+    def __exit__(self, *_: object) -> None:
+        if self.n_threads > 1:
             self.pool.shutdown(cancel_futures=True)
-            sys.setswitchinterval(self.interval)
-            torch.set_num_threads(self.before)      # threads born later, autograd's among them, begin with the last set
+            sys.setswitchinterval(self.switch_interval)
+            # Threads that start later, such as those of autograd, begin with the number that was
+            # set last.
+            torch.set_num_threads(self.torch_threads)
 
-    def ordered_map(self, function: Callable, items: Iterable) -> Iterator:
-        """function(item) of each item, in their order; a result does not depend on the number of threads.
+    def ordered_map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """function(item) for each item, in order; results do not depend on the number of threads.
 
-        A result is handed over when the threads have enough to do, so that they work on while the caller uses it.
-        Items and results of this step in memory are MAX_PENDING more than there are threads, and one.
+        A result is yielded once all threads have work, so that they continue while the caller uses
+        it. At most n_threads + MAX_PENDING + 1 items and results of this step are in memory.
         """
-        if self.threads == 1:
+        if self.n_threads == 1:
             yield from map(function, items)
             return
-        waiting = deque()
+        futures: deque[Future[R]] = deque()
+        limit = self.n_threads + MAX_PENDING
         for item in items:
-            waiting.append(self.pool.submit(function, item))
-            while unfinished(waiting) > self.threads or len(waiting) > self.threads + MAX_PENDING:
-                if waiting[0].done() or len(waiting) > self.threads + MAX_PENDING:
-                    yield waiting.popleft().result()
+            futures.append(self.pool.submit(function, item))
+            while count_unfinished(futures) > self.n_threads or len(futures) > limit:
+                if futures[0].done() or len(futures) > limit:
+                    yield futures.popleft().result()
                 else:
-                    wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
-        while waiting:
-            yield waiting.popleft().result()
+                    wait([future for future in futures if not future.done()],
+                         return_when=FIRST_COMPLETED)
+        while futures:
+            yield futures.popleft().result()
 
 
 def keep_freed_memory() -> None:
-    """From now on blocks up to 32 MiB that this process frees are there for its next ones, 256 MiB of them at most.
+    """Sets glibc to reuse freed blocks of up to 32 MiB and to keep up to 256 MiB of free memory.
 
-    Where the C library is another than glibc, nothing happens.
+    Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
-        for option, value in MALLOC.values():
+        for option, value in MALLOPT_OPTIONS.values():
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def unfinished(futures: Iterable[Future]) -> int:
-    """How many have not come to their end."""
+def count_unfinished(futures: Iterable[Future]) -> int:
+    """Number of futures that are not done."""
     return sum(not future.done() for future in futures)
