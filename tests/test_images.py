@@ -65,8 +65,8 @@ def test_links_are_followed_but_never_in_a_circle(folder):
 
 def test_sorting_on_disk_is_sorting():
     names = [os.urandom(5).replace(b"\0", b"\n") for _ in range(1000)]
-    assert list(sort_names(names, held=64)) == sorted(names)
-    assert list(sort_names([], held=64)) == []
+    assert list(sort_names(names, run_length=64)) == sorted(names)
+    assert list(sort_names([], run_length=64)) == []
 
 
 def test_index_names_the_files_it_opens(folder, tmp_path):
@@ -75,9 +75,9 @@ def test_index_names_the_files_it_opens(folder, tmp_path):
     assert all(os.path.isfile(index[i]) for i in range(len(index)))
     again = pickle.loads(pickle.dumps(index))
     assert again[3] == index[3]
-    files = list(index.handles.values())
+    files = list(index.files.values())
     index.close()
-    assert files and all(file.closed for file in files) and not index.handles
+    assert files and all(file.closed for file in files) and not index.files
     assert again[3] == index[3]                                 # what was closed opens again
     with pytest.raises(IndexError):
         index[len(index)]
