@@ -1,8 +1,7 @@
 """Draws docs/images/sample.jpg: the sample photograph, the aligned face, and its calibrated probabilities.
 
-    python docs/images/draw_sample.py
+    PYTHONPATH=. python docs/images/draw_sample.py
 """
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
 from models import label_photos, load_checkpoint
 from models.faces.align import align_faces
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 WHOLE_CROP = (0.0, 0.0, 112.0, 112.0)
 
 
