@@ -97,7 +97,7 @@ def test_a_csv_list_with_relative_and_absolute_paths(tmp_path):
     assert all(Image.open(path).size == (8, 8) for path in faces.paths())
 
 
-@pytest.mark.parametrize("text, reason", [("file,label\na.png,0\n", "wants the columns image and class"),
+@pytest.mark.parametrize("text, reason", [("file,label\na.png,0\n", "expects the columns image and class"),
                                           ("image,class\na.png\n", "line 2 has no image or no class"),
                                           ("image,class\n", "no class folder matches")])
 def test_lists_that_are_none(tmp_path, text, reason):
