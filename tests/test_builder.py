@@ -16,12 +16,12 @@ from PIL import Image
 import utk_dataset_builder as builder
 from models.data.batches import collate_photos
 from models.data.decoding import decode_photo
-from models.data.duplicates import Fingerprints
-from models.data.faceset import read_faceset
+from models.data.faceset import SPLITS, read_faceset
+from models.data.group_splits import split_groups, split_sizes
+from models.data.utk import OTHERS, Chip, ChipCollection, parse_utk_name, read_split_list
 from models.faces.align import TEMPLATE
-from models.faces.labelled import most_central_face
 from models.faces.mtcnn import MTCNN
-from utk_dataset_builder import Chip, group_chips, parse_utk_name, split_groups, split_sizes
+from models.faces.selection import most_central_faces
 
 
 def chip_name(i: int, label: int) -> str:
@@ -97,12 +97,17 @@ def test_a_malformed_name_gives_the_reason(name, reason):
 # Groups
 
 def test_groups_of_two_and_more_are_numbered():
-    found, prints = [Chip(str(i), str(i), 20, 0, 0) for i in range(5)], Fingerprints()
-    for i, seed in enumerate((1, 2, 1, 3, 2)):
-        data = jpeg(draw_blots(seed))
-        prints.add(i, data, decode_photo(data)[0])
-    assert group_chips(found, prints) == [[0, 2], [1, 4], [3]]
-    assert [chip.group for chip in found] == [1, 2, 1, 0, 2]
+    chips = [Chip(str(i), str(i), 20, 0, 0) for i in range(5)]
+    builder.number_groups(chips, [[0, 2], [1, 4], [3]])
+    assert [chip.group for chip in chips] == [1, 2, 1, 0, 2]
+
+
+def test_groups_lose_their_unreadable_pictures():
+    collection = ChipCollection([Chip(str(i), str(i), 20, 0, 0) for i in range(5)])
+    groups = builder.drop_failures(collection, [[0, 2], [1, 4], [3]], {2: "broken", 3: "empty"})
+    assert groups == [[0], [1, 2]]
+    assert [(chip.file, chip.group) for chip in collection.chips] == [("0", 0), ("1", 1), ("4", 1)]
+    assert collection.skipped == [("2", "broken"), ("3", "empty")]
 
 
 # Splits
@@ -126,10 +131,17 @@ def grouped_chips(seed: int) -> tuple[list[Chip], list[list[int]]]:
     return found, groups
 
 
+def draw_splits(chips, groups, ratios, seed) -> None:
+    """Sets the split of each chip as the command does."""
+    splits = split_groups([chip.label for chip in chips], groups, ratios, seed)
+    for chip, split in zip(chips, splits, strict=True):
+        chip.split = split
+
+
 def test_splits_are_leak_free_stratified_and_exact():
     found, groups = grouped_chips(0)
-    split_groups(found, groups, (0.6, 0.2, 0.2), 101)
-    odd = builder.conflicts(found, groups)
+    draw_splits(found, groups, (0.6, 0.2, 0.2), 101)
+    odd = builder.label_conflicts(found, groups)
     assert odd
     for group in groups:
         assert len({found[i].split for i in group}) == 1
@@ -144,14 +156,14 @@ def test_the_seed_decides_the_split():
     drawn = []
     for seed in (101, 101, 102):
         found, groups = grouped_chips(0)
-        split_groups(found, groups, (0.6, 0.2, 0.2), seed)
+        draw_splits(found, groups, (0.6, 0.2, 0.2), seed)
         drawn.append([chip.split for chip in found])
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_group_larger_than_its_splits_stays_whole():
     found = [Chip("", "", 20, 0, 0) for _ in range(5)]
-    split_groups(found, [[0, 1, 2, 3, 4]], (0.4, 0.3, 0.3), 1)
+    draw_splits(found, [[0, 1, 2, 3, 4]], (0.4, 0.3, 0.3), 1)
     assert len({chip.split for chip in found}) == 1
 
 
@@ -173,7 +185,7 @@ def test_a_build_holds_what_it_says(tmp_path, chips):
     assert len({(row["split"], row["duplicate_group"]) for row in twins}) == 1
     counted = Counter((row["split"], row["class"]) for row in manifest)
     assert all(about["counts"][split][name] == counted[split, name]
-               for split in builder.SPLITS for name in about["classes"])
+               for split in SPLITS for name in about["classes"])
     assert (about["aligned"], about["split"], about["seed"]) == (True, "leak-free", 101)
     conflict = rows_of(built / "label_conflicts.csv")
     assert [(row["file"], row["split"], row["label"]) for row in conflict] == [
@@ -183,7 +195,7 @@ def test_a_build_holds_what_it_says(tmp_path, chips):
     assert "UnidentifiedImageError" in skipped[chip_name(105, 0)]
     with Image.open(built / manifest[0]["file"]) as crop:
         assert (crop.size, crop.layer) == ((224, 224), [(1, 1, 1, 0), (2, 1, 1, 1), (3, 1, 1, 1)])     # 4:4:4
-    assert all((tmp_path / "plots" / f"{split}_dist.png").stat().st_size > 1000 for split in builder.SPLITS)
+    assert all((tmp_path / "plots" / f"{split}_dist.png").stat().st_size > 1000 for split in SPLITS)
     assert len(read_faceset(built, "train")) == sum(about["counts"]["train"].values())
 
 
@@ -262,7 +274,7 @@ def test_a_finished_set_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_
     assert json.loads((dst / "faceset.json").read_text())["seed"] == 7
     assert {path.name for path in tmp_path.iterdir()} == {"src", "built", "plots"}
     mine = write_folder(tmp_path / "mine", {"letter.txt": b"dear"})
-    assert "no finished data set" in fails(capsys, "--src", src, "--dst", mine, "--overwrite")
+    assert "not a data set of this" in fails(capsys, "--src", src, "--dst", mine, "--overwrite")
     assert (mine / "letter.txt").exists()
 
 
@@ -302,12 +314,12 @@ def test_mistakes_are_one_line(tmp_path, chips, capsys):
             (["--src", tmp_path / "bent.tar.gz"], "bent.tar.gz: cannot be unpacked"),
             (["--src", tmp_path / "bent.zip"], "bent.zip: cannot be unpacked"),
             (["--src", tmp_path / "locked.zip"], "locked.zip: cannot be unpacked"),
-            (["--src", tmp_path / "label.csv"], "wants a folder or a file of"),
-            (["--src", src, "--split_csv", tmp_path / "columns.csv"], "wants the columns file, split, label"),
+            (["--src", tmp_path / "label.csv"], "expects a folder or a file of"),
+            (["--src", src, "--split_csv", tmp_path / "columns.csv"], "expects the columns file, split, label"),
             (["--src", src, "--split_csv", tmp_path / "label.csv"], "contradicts"),
             (["--src", src, "--split_csv", tmp_path / "split.csv"], "'training'"),
             (["--src", src, "--split_csv", tmp_path / "absent.csv"], "absent.csv"),
-            (["--src", src, "--dst", src / "x" / ".."], "--dst"),
+            (["--src", src, "--dst", src / "x" / ".."], "--output_dir"),
             (["--src", src, "--out_res", "0"], "--out_res")):
         assert words in fails(capsys, *where, *flags)
     assert not (tmp_path / "built").exists()
@@ -343,7 +355,7 @@ def warp_differences(src: Path, built: Path, rows: list[dict]) -> list[float]:
     for row in rows:
         images, sizes = collate_photos([decode_photo(src / row["file"].split("/")[-1])[0]])
         faces = MTCNN(min_face_size=40).detect(images, sizes)
-        landmarks = faces.landmarks[most_central_face(faces, sizes)[0]].numpy()
+        landmarks = faces.landmarks[most_central_faces(faces, sizes)[0]].numpy()
         to_crop = transform.SimilarityTransform.from_estimate(landmarks, (np.array(TEMPLATE) + 0.5) * 2 - 0.5)
         warped = transform.warp(images[0].permute(1, 2, 0).numpy(), to_crop.inverse, output_shape=(224, 224),
                                 order=1, mode="edge", preserve_range=True)
@@ -354,8 +366,8 @@ def warp_differences(src: Path, built: Path, rows: list[dict]) -> list[float]:
 
 @pytest.mark.real
 def test_the_published_split_lists_every_chip_of_four_classes(faces_data):
-    listed = builder.read_split_csv(faces_data / "utk_seed_split.csv")
+    listed = read_split_list(faces_data / "utk_seed_split.csv")
     assert Counter(split for split, _ in listed.values()) == {"train": 13207, "val": 4402, "test": 4404}
     with tarfile.open(faces_data / "UTKFace.tar") as archive:
         names = [Path(name).name for name in archive.getnames() if name.endswith(".jpg")]
-    assert {name for name in names if parse_utk_name(name)[2] != builder.OTHERS} == set(listed)
+    assert {name for name in names if parse_utk_name(name)[2] != OTHERS} == set(listed)
