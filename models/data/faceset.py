@@ -130,7 +130,7 @@ def read_manifest(root: str | Path, files: list[str]) -> dict[str, dict[str, str
 
 
 def list_folders(root: Path, split: str | None) -> list[tuple[str, str]]:
-    """(file, class folder) of every picture in root/split, if that exists, or root; sorted by path."""
+    """(file, class folder) of every picture in root/split, if it exists, else root; sorted."""
     if not root.is_dir():
         raise FaceSetError(f"{root}: no such folder or list")
     split_folder = split if split and (root / split).is_dir() else ""
