@@ -190,7 +190,8 @@ def test_a_checkout_of_mtcnn_pytorch_takes_the_place_of_the_networks(tmp_path, m
     out = tmp_path / "out"
     crops = [f"{name}.png_{face}.jpg" for name in ("two", "more") for face in (1, 0)]   # coinciding points: no face
     assert files(out).keys() == {"skipped.csv", *crops}
-    assert [name for name in written if name.endswith(".jpg")] == crops                 # of each photograph 0 last
+    for name in ("two", "more"):                            # the first crop of a photograph is written last
+        assert [path for path in written if path.startswith(f"{name}.png_")] == [f"{name}.png_1.jpg", f"{name}.png_0.jpg"]
     assert [row[:2] for row in rows(out)[1:]] == [["none.png", "no_face"], ["small.png", "no_face"]]
     for name, channel in (("two", 0), ("more", 2)):
         colour = [decode_photo(out / f"{name}.png_{face}.jpg")[0].float().mean((1, 2)) for face in (0, 1)]
@@ -210,7 +211,7 @@ def test_a_checkout_of_mtcnn_pytorch_takes_the_place_of_the_networks(tmp_path, m
 
 @pytest.mark.parametrize("flags, named", [
     (["--in_dir", "nowhere", "--out_dir", "out"], "nowhere"), (["--in_dir", "."], "--out_dir"),
-    (["--in_dir", ".", "--out_dir", "./inside"], "--out_dir"),
+    (["--in_dir", ".", "--out_dir", "./inside"], "--output_dir"),
     (["--in_dir", ".", "--out_dir", "../o", "--out_res", "0"], "--out_res")])
 def test_mistakes_are_one_line(flags, named, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
@@ -238,7 +239,7 @@ def test_batches_joined_as_for_a_gpu_give_the_same_crops(photos, tmp_path, monke
     for i in range(20):
         shutil.copy(photos / ("a.JPG" if i % 9 == 0 else "cut.jpg"), photos / f"more{i:02}.jpg")
     align(photos, tmp_path / "apart", "--min_face_size", "60")
-    for module in ("models.faces.pipeline", "facesets.mtcnn_crop_align"):
+    for module in ("models.faces.pipeline", "models.data.chunks"):
         monkeypatch.setattr(f"{module}.chunk_size", lambda _: 32)
     monkeypatch.setitem(MAX_JOINED_PHOTOS, "cpu", 128)
     searched = []
