@@ -1,4 +1,4 @@
-"""models/mtcnn.py: little and odd input, laws of a batch, and agreement with the reference on real pictures."""
+"""models/faces/mtcnn.py: unusual input, batches, agreement with the reference on real pictures."""
 
 import csv
 import io
@@ -14,8 +14,8 @@ from torch import nn
 from torchvision.ops import nms
 
 from models.faces import image_pyramid, mtcnn
-from models.faces.boxes import COMPARED_BOXES, suppress, suppress_nested
-from models.faces.image_pyramid import pyramid, resize, run_pnet
+from models.faces.boxes import MAX_COMPARED_BOXES, nms_in_groups, suppress_nested
+from models.faces.image_pyramid import pyramid_levels, resize, run_pnet
 from models.faces.mtcnn import MTCNN, WEIGHTS
 from models.faces.mtcnn_networks import MaxPool, build_onet, build_pnet, build_rnet, with_cpu_layers
 
@@ -42,7 +42,7 @@ def pixels_of(data):
 
 
 def collate(pictures):
-    """Pictures of any sizes -> images (B, 3, H, W), zero-padded right and below, and sizes (B, 2)."""
+    """Pictures of any sizes -> images (B, 3, H, W), zero-padded right and below; sizes (B, 2)."""
     sizes = torch.tensor([picture.shape[1:] for picture in pictures])
     images = torch.zeros(len(pictures), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
     for image, picture in zip(images, pictures, strict=True):
@@ -71,13 +71,18 @@ def test_tiny_images_have_no_faces(detector, height, width):
 
 
 def test_empty_batch(detector):
-    images, sizes = torch.zeros(0, 3, 50, 50, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)
+    images, sizes = (
+        torch.zeros(0, 3, 50, 50, dtype=torch.uint8),
+        torch.zeros(0, 2, dtype=torch.int64),
+    )
     check_rows(detector.detect(images, sizes), 0)
     check_rows(detector.detect_largest(images, sizes), 0)
 
 
 def test_flat_pictures_and_noise(detector):
-    noise = torch.randint(0, 256, (3, 150, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        0, 256, (3, 150, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     pictures = [noise, torch.zeros_like(noise), torch.full_like(noise, 255), noise[:, :1, :1]]
     check_rows(detector.detect(*collate(pictures)))
 
@@ -91,10 +96,18 @@ def test_finds_the_astronaut(detector, astronaut):
     assert left_mouth[0] < right_mouth[0]
 
 
-def test_a_picture_gives_the_same_alone_and_in_a_batch_of_eight(detector, astronaut):
+def test_a_picture_gives_the_same_faces_alone_and_in_a_batch(detector, astronaut):
     top = astronaut[:, :260, 100:340]
-    pictures = [top[:, :200, :200], top, astronaut, top.flip(2), astronaut[:, ::2, ::2], top[:, 20:, 30:],
-                top[:, :5, :5], top[:, :200, :200].flip(2)]
+    pictures = [
+        top[:, :200, :200],
+        top,
+        astronaut,
+        top.flip(2),
+        astronaut[:, ::2, ::2],
+        top[:, 20:, 30:],
+        top[:, :5, :5],
+        top[:, :200, :200].flip(2),
+    ]
     batch = detector.detect(*collate(pictures))
     assert torch.equal(batch.image_index, batch.image_index.sort().values)
     for i, picture in enumerate(pictures):
@@ -105,32 +118,48 @@ def test_a_picture_gives_the_same_alone_and_in_a_batch_of_eight(detector, astron
         assert torch.equal(alone.scores, alone.scores.sort(descending=True).values)
 
 
-def test_smallest_face_is_respected(detector, astronaut):
+def test_faces_below_min_face_size_are_not_detected(detector, astronaut):
     large = MTCNN(min_face_size=400)
     check_rows(large.detect(*collate([astronaut[:, :260, 100:340]])), 0)
 
 
-def test_the_largest_face_is_the_same_where_fine_levels_are_left_out(detector, astronaut):
+def test_detect_largest_finds_the_same_largest_face(detector, astronaut):
     small = torch.zeros_like(astronaut)                                 # its face is 35 px
     small[:, :170, :170] = resize(astronaut[None], 170, 170)[0].byte()
-    pictures = [small, astronaut, torch.zeros_like(astronaut), astronaut[:, :260, 100:340], astronaut[:, :15, :15]]
+    pictures = [
+        small,
+        astronaut,
+        torch.zeros_like(astronaut),
+        astronaut[:, :260, 100:340],
+        astronaut[:, :15, :15],
+    ]
     images, sizes = collate(pictures)
-    every, some = detector.detect(images, sizes), detector.detect_largest(images, sizes)
-    check_rows(some)
-    assert torch.equal(some.image_index, some.image_index.sort().values)
+    faces, largest = detector.detect(images, sizes), detector.detect_largest(images, sizes)
+    check_rows(largest)
+    assert torch.equal(largest.image_index, largest.image_index.sort().values)
     for i in range(len(pictures)):
-        all_of, of_some = every.select(every.image_index == i), some.select(some.image_index == i)
-        assert bool(len(all_of.boxes)) == bool(len(of_some.boxes)) == (i in (0, 1, 3))
-        if len(all_of.boxes):
-            rows = [(f.boxes[:, 2:] - f.boxes[:, :2]).prod(1).argmax() for f in (all_of, of_some)]
-            torch.testing.assert_close(of_some.landmarks[rows[1]], all_of.landmarks[rows[0]], rtol=0, atol=0.01)
+        expected = faces.select(faces.image_index == i)
+        detected = largest.select(largest.image_index == i)
+        assert bool(len(expected.boxes)) == bool(len(detected.boxes)) == (i in (0, 1, 3))
+        if len(expected.boxes):
+            torch.testing.assert_close(detected.landmarks[largest_row(detected)],
+                                       expected.landmarks[largest_row(expected)], rtol=0, atol=0.01)
 
 
-def test_fine_levels_are_searched_only_where_no_face_is_large(detector, astronaut, monkeypatch):
+def largest_row(faces):
+    return (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1).argmax()
+
+
+def test_fine_levels_are_searched_only_in_images_without_a_large_face(
+    detector, astronaut, monkeypatch
+):
     levels = []
-    monkeypatch.setattr(mtcnn, "resize", lambda images, *size: levels.append((*size, len(images))) or
-                        resize(images, *size))
-    finest = pyramid(512, 512, 20)[0][1:]
+    monkeypatch.setattr(
+        image_pyramid,
+        "resize",
+        lambda images, *size: levels.append((*size, len(images))) or resize(images, *size),
+    )
+    finest = pyramid_levels(512, 512, 20)[0][1:]
     images, sizes = collate([astronaut, torch.zeros_like(astronaut), astronaut])
     detector.detect_largest(images, sizes)
     assert sum(n for *size, n in levels if tuple(size) == finest) == 1
@@ -139,64 +168,85 @@ def test_fine_levels_are_searched_only_where_no_face_is_large(detector, astronau
     assert finest not in [tuple(size) for *size, _ in levels] and levels
 
 
-@pytest.mark.parametrize("counts", [(), (1,), (3, 0, 2), (40,) * 30, (5, COMPARED_BOXES["cpu"] + 60, 7, 100, 180)])
-def test_suppression_of_many_groups_is_that_of_each(counts):
+@pytest.mark.parametrize(
+    "counts", [(), (1,), (3, 0, 2), (40,) * 30, (5, MAX_COMPARED_BOXES["cpu"] + 60, 7, 100, 180)]
+)
+def test_nms_of_many_groups_equals_nms_of_each_group(counts):
     generator = torch.Generator().manual_seed(5)
     corner = torch.randint(0, 60, (sum(counts), 2), generator=generator).float()
-    boxes = torch.cat([corner, corner + torch.randint(12, 50, (sum(counts), 1), generator=generator)], 1)
+    boxes = torch.cat(
+        [corner, corner + torch.randint(12, 50, (sum(counts), 1), generator=generator)], 1
+    )
     scores = torch.rand(sum(counts), generator=generator)
-    wanted, start = [], 0
+    expected, start = [], 0
     for count in counts:
-        some = slice(start, start + count)
-        wanted += (nms(boxes[some] + torch.tensor([0, 0, 1, 1]), scores[some], 0.5).sort().values + start).tolist()
+        rows = slice(start, start + count)
+        kept = nms(boxes[rows] + torch.tensor([0, 0, 1, 1]), scores[rows], 0.5).sort().values
+        expected += (kept + start).tolist()
         start += count
     group = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-    assert suppress(boxes, scores, group, 0.5).tolist() == wanted
+    assert nms_in_groups(boxes, scores, group, 0.5).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("shape", [(2, 16, 5, 8), (1, 3, 8, 7), (4, 32, 46, 22), (2, 1, 3, 3), (0, 4, 6, 6)])
-def test_pooling_by_rows_and_columns_is_pooling(size, shape):
-    maps = torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 5, 8), (1, 3, 8, 7), (4, 32, 46, 22), (2, 1, 3, 3), (0, 4, 6, 6)]
+)
+def test_max_pool_equals_pytorch(size, shape):
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(
+        memory_format=torch.channels_last
+    )
     plain = nn.MaxPool2d(size, 2, ceil_mode=True)
-    found = MaxPool(size, 2, ceil_mode=True)(maps)
+    pooled = MaxPool(size, 2, ceil_mode=True)(maps)
     if len(maps):
-        assert torch.equal(found, plain(maps)) and found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(pooled, plain(maps))
+        assert pooled.is_contiguous(memory_format=torch.channels_last)
     else:
-        assert found.shape == (0, 4, 3, 3)
+        assert pooled.shape == (0, 4, 3, 3)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("build, side", [(build_pnet, 25), (build_rnet, 24), (build_onet, 48)])
-def test_quickened_networks_give_the_same(build, side):
+@pytest.mark.parametrize("build, size", [(build_pnet, 25), (build_rnet, 24), (build_onet, 48)])
+def test_networks_with_cpu_layers_give_the_same_output(build, size):
     torch.manual_seed(7)
-    plain, pictures = build(), torch.randn(3, 3, side, side + side % 2)
-    found, wanted = with_cpu_layers(plain)(pictures), plain(pictures)
-    assert torch.allclose(found.transpose(0, 1) if build is build_pnet else found, wanted, atol=1e-5)
+    plain, pictures = build(), torch.randn(3, 3, size, size + size % 2)
+    output = with_cpu_layers(plain)(pictures)
+    output = output.transpose(0, 1) if build is build_pnet else output
+    assert torch.allclose(output, plain(pictures), atol=1e-5)
 
 
-def test_a_level_in_splits_and_bands_is_the_level(detector, monkeypatch):
-    pictures = torch.randint(0, 256, (5, 3, 61, 84), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+def test_a_level_in_chunks_and_bands_equals_the_whole_level(detector, monkeypatch):
+    pictures = torch.randint(
+        0, 256, (5, 3, 61, 84), generator=torch.Generator().manual_seed(8), dtype=torch.uint8
+    )
     whole = run_pnet(detector.pnet, pictures, 40, 55)
     for pixels in (3 * 40 * 55, 1500, 300, 1):
         monkeypatch.setitem(image_pyramid.CHUNK_PIXELS, "cpu", pixels)
         assert torch.allclose(run_pnet(detector.pnet, pictures, 40, 55), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("which", [slice(None), slice(2, None), slice(2)])
-def test_images_of_all_sizes_in_one_call_give_the_candidates_of_each(detector, astronaut, which, monkeypatch):
-    """What a GPU runs: padded levels, on a CPU here."""
+@pytest.mark.parametrize("levels", [slice(None), slice(2, None), slice(2)])
+def test_padded_search_gives_the_candidates_of_each_size(detector, astronaut, levels, monkeypatch):
+    """search_padded, which runs on a GPU, tested on a CPU."""
     turned = astronaut.transpose(1, 2)
-    pictures = [astronaut, turned[:, :301, :400], astronaut[:, :260, 100:340], astronaut[:, :15, :15],
-                astronaut[:, :12, :90], turned[:, 100:277, 50:340], astronaut[:, :30, :511]]
+    pictures = [
+        astronaut,
+        turned[:, :301, :400],
+        astronaut[:, :260, 100:340],
+        astronaut[:, :15, :15],
+        astronaut[:, :12, :90],
+        turned[:, 100:277, 50:340],
+        astronaut[:, :30, :511],
+    ]
     images, sizes = collate(pictures)
-    among = torch.tensor([0, 1, 3, 4, 5, 6])
-    wanted, wanted_index = detector.propose(images, sizes, which, among)
-    monkeypatch.setattr(mtcnn, "search_by_size", image_pyramid.search_together)
+    index = torch.tensor([0, 1, 3, 4, 5, 6])
+    expected, expected_index = detector.propose(images, sizes, levels, index)
+    monkeypatch.setattr(mtcnn, "search_by_size", image_pyramid.search_padded)
     for pixels in (1 << 16, 1 << 20):
         monkeypatch.setitem(image_pyramid.CHUNK_PIXELS, "cpu", pixels)
-        found, found_index = detector.propose(images, sizes, which, among)
-        assert torch.equal(found_index, wanted_index) and torch.equal(found, wanted) and len(found) > 50
+        boxes, image_index = detector.propose(images, sizes, levels, index)
+        assert torch.equal(image_index, expected_index) and torch.equal(boxes, expected)
+        assert len(boxes) > 50
 
 
 def test_nested_boxes_are_suppressed_within_an_image_only():
@@ -206,17 +256,23 @@ def test_nested_boxes_are_suppressed_within_an_image_only():
 
 def overlaps(a, b):
     """IoU of boxes (n, 4) and (m, 4): (n, m)."""
-    shared = (np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])).clip(0).prod(2)
+    shared = (
+        (np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2]))
+        .clip(0)
+        .prod(2)
+    )
     area_a, area_b = (a[:, 2:] - a[:, :2]).prod(1), (b[:, 2:] - b[:, :2]).prod(1)
     return shared / (area_a[:, None] + area_b - shared)
 
 
 def read_pictures(folder, wanted):
-    """Decoded pictures {file: tensor} from archives in `folder`; wanted is {archive: set of member names}."""
+    """Decoded pictures {file: tensor} from archives; wanted is {archive: set of member names}."""
     pictures = {}
     for archive, names in wanted.items():
         if not (folder / archive).exists():
-            (pytest.fail if os.environ.get("FACES_REQUIRED") else pytest.skip)(f"{archive} is not in {folder}")
+            (pytest.fail if os.environ.get("FACES_REQUIRED") else pytest.skip)(
+                f"{archive} is not in {folder}"
+            )
         with tarfile.open(folder / archive) as tar:
             for member in tar:
                 if member.name in names:
@@ -232,20 +288,25 @@ def detect_each(detector, pictures):
         faces = detector.detect(*collate([pictures[name] for name in part]))
         for i, name in enumerate(part):
             rows = faces.image_index == i
-            found[name] = faces.boxes[rows].numpy(), faces.scores[rows].numpy(), faces.landmarks[rows].numpy()
+            found[name] = (
+                faces.boxes[rows].numpy(),
+                faces.scores[rows].numpy(),
+                faces.landmarks[rows].numpy(),
+            )
     return found
 
 
-def sure_and_large(boxes, scores):
+def is_certain_and_large(boxes, scores):
     return (scores >= 0.95) & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= 40)
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("clip_boxes, same", [(True, 0.8), (False, 0.5)])
 def test_agrees_with_the_reference(clip_boxes, same, faces_data):
-    """The reference clips boxes to the picture between its networks; so does clip_boxes, and then boxes and landmarks
-    are to be its own. The deployed variant does not, so a face at the picture's edge has another box and, seen whole
-    by the last network, other landmarks: it is to find the same faces, by an IoU of 0.5.
+    """With clip_boxes, boxes and landmarks equal those of the reference, which clips boxes too.
+
+    Without, a face at the edge of a picture has another box and, because O-Net has the whole face
+    as input, other landmarks; the faces are the same at an IoU of 0.5.
     """
     detector = MTCNN(clip_boxes=clip_boxes)
     with open(faces_data / "mtcnn_reference.csv", newline="") as file:
@@ -258,19 +319,23 @@ def test_agrees_with_the_reference(clip_boxes, same, faces_data):
             faces.append([float(value) for value in list(row.values())[5:]])
     n_reference = n_found = n_extra = 0
     distances = []
-    for name, (boxes, scores, landmarks) in detect_each(detector, read_pictures(faces_data, wanted)).items():
-        theirs = np.array(reference[name], dtype=float).reshape(-1, 15)
-        overlap = overlaps(theirs[:, 1:5], boxes)
-        for i in sure_and_large(theirs[:, 1:5], theirs[:, 0]).nonzero()[0]:
+    for name, (boxes, scores, landmarks) in detect_each(
+        detector, read_pictures(faces_data, wanted)
+    ).items():
+        expected = np.array(reference[name], dtype=float).reshape(-1, 15)
+        overlap = overlaps(expected[:, 1:5], boxes)
+        for i in is_certain_and_large(expected[:, 1:5], expected[:, 0]).nonzero()[0]:
             n_reference += 1
             if overlap[i].max(initial=0) >= same:
                 n_found += 1
-                points = theirs[i, 5:].reshape(5, 2)
+                points = expected[i, 5:].reshape(5, 2)
                 error = np.linalg.norm(landmarks[overlap[i].argmax()] - points, axis=1).mean()
                 distances.append(error / np.linalg.norm(points[0] - points[1]))
-        n_extra += (sure_and_large(boxes, scores) & (overlap.max(0, initial=0) < same)).sum()
-    print(f"clip_boxes {clip_boxes}: found {n_found} of {n_reference} at IoU {same}, {n_extra} extra, "
-          f"landmarks {np.mean(distances):.2%}")
+        n_extra += (is_certain_and_large(boxes, scores) & (overlap.max(0, initial=0) < same)).sum()
+    print(
+        f"clip_boxes {clip_boxes}: {n_found} of {n_reference} at IoU {same}, {n_extra} extra, "
+        f"landmarks {np.mean(distances):.2%}"
+    )
     assert n_found / n_reference >= 0.99
     if clip_boxes:
         assert n_extra / n_reference <= 0.02
@@ -283,12 +348,16 @@ def test_agrees_with_annotated_landmarks(clip_boxes, faces_data):
     detector = MTCNN(clip_boxes=clip_boxes)
     with open(faces_data / "landmarks.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    pictures = read_pictures(faces_data, {"landmarks.tar": {"landmarks/" + row["file"] for row in rows}})
+    pictures = read_pictures(
+        faces_data, {"landmarks.tar": {"landmarks/" + row["file"] for row in rows}}
+    )
     found, errors = detect_each(detector, pictures), []
     for row in rows:
         *points, interocular = [float(value) for value in list(row.values())[1:]]
         landmarks = found["landmarks/" + row["file"]][2]
-        distance = np.linalg.norm(landmarks - np.reshape(points, (5, 2)), axis=2).mean(1) / interocular
+        distance = (
+            np.linalg.norm(landmarks - np.reshape(points, (5, 2)), axis=2).mean(1) / interocular
+        )
         errors.append(distance.min(initial=np.inf))
     hits = [error for error in errors if error < 0.5]
     print(f"missed {len(errors) - len(hits)} of {len(errors)}, error {np.mean(hits):.2%}")

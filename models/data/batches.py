@@ -229,7 +229,7 @@ def load_photos(photos: PhotoSources, batch_size: int, workers: int, max_side: i
         Image.init()        # loads all plugins; loading on demand would happen in several threads
         numbers = range(len(dataset)) if batches is None else batches
         sources = map(dataset.sources, numbers)         # read in the calling thread
-        decoded = pool.ordered_map(lambda batch: decode_batch(*batch, max_side), sources)
+        decoded = pool.ordered_map(lambda item: decode_batch(item[0], item[1], max_side), sources)
         return itertools.chain.from_iterable(decoded)
     loader = DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers)
     return itertools.chain.from_iterable(loader)

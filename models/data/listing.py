@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from models.data.decoding import IMAGE_TYPES
 
@@ -53,7 +54,7 @@ def is_link_to_parent(folder: str, name: str) -> bool:
 def sort_names(names: Iterable[bytes], run_length: int = 100_000) -> Iterator[bytes]:
     """Sorted names by an external merge sort: runs of more than run_length names are on disk."""
     names = iter(names)
-    runs = []
+    runs: list[IO[bytes]] = []
     while run := sorted(itertools.islice(names, run_length)):
         if len(run) < run_length and not runs:
             yield from run
@@ -96,7 +97,7 @@ def tar_members(shards: list[str]) -> Iterator[tuple[str, int, int, int]]:
     for shard, path in enumerate(shards):
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()                     # else tarfile keeps all of them in memory
+                tar.members.clear()         # type: ignore[attr-defined] # else all stay in memory
                 if not member.isdir() and member.name.lower().endswith(IMAGE_TYPES):
                     size = member.size if member.isreg() else 0
                     yield f"{os.path.basename(path)}/{member.name}", shard, member.offset_data, size

@@ -13,8 +13,8 @@ MIN_PERSON_FOLDERS = 5      # folders per class from which on a picture's folder
 def hold_out(faces: FaceSet, share: float, seed: int, workers: int = 0, rank: int = 0) -> tuple[FaceSet, FaceSet]:
     """Train and validation parts of a set that has none; rank 0 looks at the pictures for all ranks.
 
-    Each class gives `share` of its groups, which are never divided. One with two labels is trained on: validation
-    would not know which is right.
+    Each class gives `share` of its groups, which are never divided. One with two labels is trained
+    on: validation would not know which is right.
     """
     groups = broadcast_from_rank0(leakage_groups(faces, workers) if rank == 0 else None)
     by_label: dict[int, list[str]] = {}
@@ -33,7 +33,8 @@ def hold_out(faces: FaceSet, share: float, seed: int, workers: int = 0, rank: in
 def leakage_groups(faces: FaceSet, workers: int) -> dict[str, list[int]]:
     """Rows of a set that belong together, by a name: those of a person's folder, or else of one photograph.
 
-    Folders of a single class are taken for persons' where there are MIN_PERSON_FOLDERS of them per class.
+    Folders of a single class are taken for persons' where there are MIN_PERSON_FOLDERS of them per
+    class.
     """
     folders: dict[str, list[int]] = {}
     for row, file in enumerate(faces.files):

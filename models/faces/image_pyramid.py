@@ -1,4 +1,4 @@
-"""faces/image_pyramid"""
+"""P-Net on an image pyramid: resizing of images to levels, P-Net's output maps, candidate boxes."""
 import functools
 import math
 from collections.abc import Iterator
@@ -8,30 +8,30 @@ from torch import Tensor, nn
 
 from models.faces.mtcnn_networks import normalise_pixels
 
-CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window moved by 2
-PYRAMID_FACTOR = 0.707          # each level half the area of the one before
+CELL, STRIDE = 12, 2            # P-Net is a 12 x 12 window with a stride of 2
+PYRAMID_FACTOR = 0.707          # scale between two levels: each has half the area of the one before
+CONV_BORDER = 2                 # rows and columns that a 3 x 3 convolution without padding removes
+# Work per call; on a CPU, what fits in its caches.
+CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # of a level, for P-Net
+BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 26}    # of pictures that are searched together
 
-
-CONV = 2                        # rows and columns that a convolution of 3 x 3 takes off
-
-
-# How much one call takes: on a CPU what its caches hold.
-CHUNK_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 23}    # P-Net: pixels of a level
-
-
-BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 26}    # pictures searched together: their pixels
+# Of one axis: nearer and farther pixel (b, n) int64 and their weights in 1/2048 (b, n) int32.
+Axis = tuple[Tensor, Tensor, Tensor, Tensor]
+# For some images at a time: their positions (b,) on the images' device; the scale of each level;
+# P-Net's output map for each level, (5, b, h', w').
+LevelMaps = Iterator[tuple[Tensor, list[float], list[Tensor]]]
 
 
 def group_by_size(sizes: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
-    """Images of one size together: ((height, width), index (k,) int64) for each size there is."""
+    """Images grouped by size: ((height, width), index (k,) int64) for each distinct size."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, size in enumerate(sizes.tolist()):
-        groups.setdefault(tuple(size), []).append(i)
+    for i, (height, width) in enumerate(sizes.tolist()):
+        groups.setdefault((height, width), []).append(i)
     return [(size, torch.tensor(index)) for size, index in groups.items()]
 
 
-def pyramid(height: int, width: int, min_face_size: float) -> list[tuple[float, int, int]]:
-    """The levels of an image's pyramid, finest first: scale, height, width. Small images have none."""
+def pyramid_levels(height: int, width: int, min_face_size: float) -> list[tuple[float, int, int]]:
+    """(scale, height, width) of the levels of a pyramid, finest first; [] for a small image."""
     scale = CELL / min_face_size
     levels = []
     while min(height, width) * scale > CELL:
@@ -40,131 +40,159 @@ def pyramid(height: int, width: int, min_face_size: float) -> list[tuple[float, 
     return levels
 
 
-def search_by_size(net: nn.Sequential, images: Tensor, sizes: Tensor, among: Tensor, min_face_size: float,
-                   which: slice) -> Iterator[tuple[Tensor, list[float], list[Tensor]]]:
-    """P-Net on the levels `which` of the images `among` (k,), those of one size together, as a CPU's caches like it.
+def search_by_size(net: nn.Sequential, images: Tensor, sizes: Tensor, index: Tensor,
+                   min_face_size: float, levels: slice) -> LevelMaps:
+    """P-Net on the given levels of the images at index (k,), those of one size together.
 
-    sizes (B, 2) and among (k,) int64 lie on the CPU. Yields, for some images at a time: their positions (b,) on the
-    images' device; the scale of each level; P-Net's map of each level, (5, b, h', w').
+    Small calls suit the caches of a CPU. sizes (B, 2) and index (k,) int64 are on the CPU.
     """
-    for (height, width), index in group_by_size(sizes[among]):
-        levels = pyramid(height, width, min_face_size)[which]
-        for part in index.split(max(1, BATCH_PIXELS[images.device.type] // (height * width))) if levels else ():
-            part = among[part].to(images.device)
-            pictures = images[part, :, :height, :width]
-            yield part, [level[0] for level in levels], [run_pnet(net, pictures, *level[1:]) for level in levels]
+    for (height, width), members in group_by_size(sizes[index]):
+        searched = pyramid_levels(height, width, min_face_size)[levels]
+        if not searched:
+            continue
+        scales = [scale for scale, _, _ in searched]
+        for chunk in members.split(max(1, BATCH_PIXELS[images.device.type] // (height * width))):
+            chunk = index[chunk].to(images.device)
+            pictures = images[chunk, :, :height, :width]
+            yield chunk, scales, [run_pnet(net, pictures, *level[1:]) for level in searched]
 
 
-def search_together(net: nn.Sequential, images: Tensor, sizes: Tensor, among: Tensor, min_face_size: float,
-                    which: slice) -> Iterator[tuple[Tensor, list[float], list[Tensor]]]:
-    """The same with images of all sizes in one call, which a GPU needs to be busy; cells past an image are -inf.
+def search_padded(net: nn.Sequential, images: Tensor, sizes: Tensor, index: Tensor,
+                  min_face_size: float, levels: slice) -> LevelMaps:
+    """search_by_size for all sizes in one call, as suits a GPU; cells past an image are -inf.
 
-    The numbers are those of search_by_size, but for what convolutions of other sizes round otherwise.
+    The numbers differ from those of search_by_size only by the rounding of convolutions.
     """
-    for part in among.split(max(1, BATCH_PIXELS[images.device.type] // max(1, images.shape[2] * images.shape[3]))):
-        tallest = int(sizes[part].amin(1).amax()) if len(part) else 0
-        scales = [level[0] for level in pyramid(tallest, tallest, min_face_size)[which]]
+    batch_size = BATCH_PIXELS[images.device.type] // max(1, images.shape[2] * images.shape[3])
+    for chunk in index.split(max(1, batch_size)):
+        tallest = int(sizes[chunk].amin(1).amax()) if len(chunk) else 0
+        scales = [scale for scale, _, _ in pyramid_levels(tallest, tallest, min_face_size)[levels]]
         if scales:
-            part_sizes, part = sizes[part], part.to(images.device, non_blocking=True)
-            pictures = images[part]
-            yield part, scales, [run_pnet_padded(net, pictures, part_sizes, scale) for scale in scales]
-
-
-Axis = tuple[Tensor, Tensor, Tensor, Tensor]    # near and far pixel (b, n) int64, their weights in 1/2048 (b, n) int32
+            chunk_sizes, chunk = sizes[chunk], chunk.to(images.device, non_blocking=True)
+            pictures = images[chunk]
+            yield chunk, scales, [run_pnet_padded(net, pictures, chunk_sizes, scale)
+                                  for scale in scales]
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Images (b, 3, h, w) uint8 -> (b, 3, height, width) int32 of 0 to 255, bit for bit as OpenCV's INTER_LINEAR.
+    """Images (b, 3, h, w) uint8 -> (b, 3, height, width) int32 of 0 to 255, equal to OpenCV.
 
-    Bilinear without anti-aliasing, in 11-bit fixed point. Where several candidates look alike, one grey level decides
-    which of them is found: with float weights, rounded or not, 1.7 % of the reference's faces of 40 px lay elsewhere
-    (IoU < 0.8), with these none of 341 tried.
+    Bit for bit INTER_LINEAR: bilinear without anti-aliasing, in 11-bit fixed point. Among similar
+    candidates one grey level decides which is detected: with float weights, rounded or not, 1.7 %
+    of the reference's faces of 40 px were elsewhere (IoU < 0.8), with these 0 of 341.
     """
     return resample_bilinear(images, axis_of_samples(images.shape[2], height, images.device),
-                    axis_of_samples(images.shape[3], width, images.device))
+                             axis_of_samples(images.shape[3], width, images.device))
 
 
 def resample_bilinear(images: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """What resize does, at the samples of two axes, each one for all images or one for each."""
+    """resize() at the samples of two axes, each for all images or one per image."""
     top, bottom, top_weight, bottom_weight = rows
     left, right, left_weight, right_weight = columns
 
-    def pick(lines: Tensor, which: Tensor) -> Tensor:               # four times as fast as index_select on a CPU
-        return lines.gather(3, which[:, None, None].expand(*lines.shape[:3], -1)).int()
+    def gather_columns(lines: Tensor, index: Tensor) -> Tensor:
+        # On a CPU, gather is four times as fast as index_select here.
+        return lines.gather(3, index[:, None, None].expand(*lines.shape[:3], -1)).int()
 
-    def blend(which: Tensor, weight: Tensor) -> Tensor:             # in place: half the time is memory's
-        lines = (images.index_select(2, which[0]) if len(which) == 1 else
-                 images.gather(2, which[:, None, :, None].expand(-1, 3, -1, images.shape[3])))
-        across = pick(lines, left).mul_(left_weight[:, None, None]).add_(
-            pick(lines, right).mul_(right_weight[:, None, None]))
-        return across.bitwise_right_shift_(4).mul_(weight[:, None, :, None]).bitwise_right_shift_(16)
+    def blend(index: Tensor, weight: Tensor) -> Tensor:     # in place: memory takes half the time
+        if len(index) == 1:
+            lines = images.index_select(2, index[0])
+        else:
+            lines = images.gather(2, index[:, None, :, None].expand(-1, 3, -1, images.shape[3]))
+        blended = gather_columns(lines, left).mul_(left_weight[:, None, None]).add_(
+            gather_columns(lines, right).mul_(right_weight[:, None, None]))
+        blended.bitwise_right_shift_(4).mul_(weight[:, None, :, None])
+        return blended.bitwise_right_shift_(16)
 
-    return blend(top, top_weight).add_(blend(bottom, bottom_weight)).add_(2).bitwise_right_shift_(2)
+    total = blend(top, top_weight).add_(blend(bottom, bottom_weight))
+    return total.add_(2).bitwise_right_shift_(2)
 
 
 def axes_of_samples(lengths: Tensor, targets: Tensor, n: int) -> Axis:
-    """Where each of n samples lies along an axis, of which the first targets (b,) cover lengths (b,) pixels, int64."""
+    """Positions of n samples per axis, of which the first targets (b,) cover lengths (b,) pixels.
+
+    lengths and targets are int64.
+    """
     last = (lengths - 1)[:, None]
     steps = torch.arange(n, dtype=torch.float64, device=lengths.device) + 0.5
-    at = (steps * (lengths.double() / targets)[:, None] - 0.5).float().clamp(min=0).minimum(last)
-    near = at.floor()
-    near_weight, far_weight = ((weight * 2048).round().int() for weight in (1 - (at - near), at - near))
+    position = (steps * (lengths.double() / targets)[:, None] - 0.5).float()
+    position = position.clamp(min=0).minimum(last)
+    near = position.floor()
+    far_fraction = position - near
+    near_weight, far_weight = ((weight * 2048).round().int()
+                               for weight in (1 - far_fraction, far_fraction))
     near = near.long()
     return near, (near + 1).minimum(last), near_weight, far_weight
 
 
 @functools.lru_cache(maxsize=1024)
 def axis_of_samples(length: int, target: int, device: torch.device) -> Axis:
-    """axes_of_samples of one axis, remembered."""
-    return tuple(part.to(device) for part in axes_of_samples(torch.tensor([length]), torch.tensor([target]), target))
+    """axes_of_samples for a single axis, cached."""
+    near, far, near_weight, far_weight = axes_of_samples(torch.tensor([length]),
+                                                         torch.tensor([target]), target)
+    return near.to(device), far.to(device), near_weight.to(device), far_weight.to(device)
 
 
 def run_pnet(net: nn.Sequential, images: Tensor, height: int, width: int) -> Tensor:
-    """P-Net on a level of same-sized images (b, 3, h, w) uint8, CHUNK_PIXELS at a time: (5, b, h', w').
+    """P-Net's maps (5, b, h', w') for a level of images (b, 3, h, w) uint8 of one size.
 
-    One image that is larger is taken in bands, of which a cell sees the rows that it would anyway.
+    CHUNK_PIXELS are processed per call. A larger image is divided into overlapping bands, such that
+    every cell has the same rows as in the whole image.
     """
-    chunk = CHUNK_PIXELS[images.device.type]
-    rows = math.ceil((height - 2) / STRIDE) - 4
-    band = max(1, chunk // (width * STRIDE))
-    found = []
-    for some in images.split(max(1, chunk // (height * width))):
-        level = normalise_pixels(resize(some, height, width).float().contiguous(memory_format=torch.channels_last))
-        parts = [net(level[:, :, first * STRIDE:min(first + band, rows) * STRIDE + CELL - STRIDE])
-                 for first in range(0, rows, band)]
-        found.append(torch.cat(parts, 2))
-    return torch.cat(found, 1)
+    chunk_pixels = CHUNK_PIXELS[images.device.type]
+    n_rows = math.ceil((height - 2) / STRIDE) - 4
+    band_rows = max(1, chunk_pixels // (width * STRIDE))
+    maps = []
+    for chunk in images.split(max(1, chunk_pixels // (height * width))):
+        level = resize(chunk, height, width).float().contiguous(memory_format=torch.channels_last)
+        level = normalise_pixels(level)
+        bands = []
+        for first in range(0, n_rows, band_rows):
+            end = min(first + band_rows, n_rows) * STRIDE + CELL - STRIDE
+            bands.append(net(level[:, :, first * STRIDE:end]))
+        maps.append(torch.cat(bands, 2))
+    return torch.cat(maps, 1)
 
 
 def run_pnet_padded(net: nn.Sequential, images: Tensor, sizes: Tensor, scale: float) -> Tensor:
-    """P-Net on a level of images (b, 3, H, W) uint8 that are padded from sizes (b, 2) int64: (5, b, h', w').
+    """P-Net's maps (5, b, h', w') for a level of padded images (b, 3, H, W) uint8 of sizes (b, 2).
 
-    Cells that an image alone would not have are -inf, all of them where it is too small for the level. One image is
-    never divided: of 30 million pixels at the finest level, 6 GB.
+    Cells that an image of its own would not have are -inf: all cells if it is too small for the
+    level. A single image is never divided; 30 million pixels at the finest level take 6 GB.
     """
     scaled = sizes.double() * scale
-    targets = scaled.ceil().long()                                                          # (b, 2), as pyramid's
+    targets = scaled.ceil().long()                              # (b, 2), as in pyramid_levels
     height, width = (targets.amax(0) + 1).tolist()
-    seen = (targets - 1).div(STRIDE, rounding_mode="floor") - 4                             # cells of each image
-    seen[scaled.amin(1) <= CELL] = 0
-    sizes, targets, seen = (part.to(images.device, non_blocking=True) for part in (sizes, targets, seen))
-    found = []
-    few = max(1, CHUNK_PIXELS[images.device.type] // (height * width))
-    for some, size, target, cells in zip(*(part.split(few) for part in (images, sizes, targets, seen)), strict=True):
-        axes = [axes_of_samples(size[:, axis], target[:, axis], n) for axis, n in enumerate((height, width))]
-        level = normalise_pixels(resample_bilinear(some, *axes).float().contiguous(memory_format=torch.channels_last))
-        maps = net[2:](repeat_edges(net[:2](level), target - CONV))
-        rows, columns = (torch.arange(n, device=maps.device) for n in maps.shape[2:])
-        past = (rows >= cells[:, :1])[:, :, None] | (columns >= cells[:, 1:])[:, None]
-        maps[0].masked_fill_(past, -math.inf)
-        found.append(maps)
-    return torch.cat(found, 1)
+    n_cells = (targets - 1).div(STRIDE, rounding_mode="floor") - 4
+    n_cells[scaled.amin(1) <= CELL] = 0
+    sizes, targets, n_cells = (tensor.to(images.device, non_blocking=True)
+                               for tensor in (sizes, targets, n_cells))
+    chunk_size = max(1, CHUNK_PIXELS[images.device.type] // (height * width))
+    chunks = zip(*(tensor.split(chunk_size) for tensor in (images, sizes, targets, n_cells)),
+                 strict=True)
+    maps = []
+    for chunk, size, target, cells in chunks:
+        rows, columns = (axes_of_samples(size[:, axis], target[:, axis], n)
+                         for axis, n in enumerate((height, width)))
+        level = resample_bilinear(chunk, rows, columns).float()
+        level = normalise_pixels(level.contiguous(memory_format=torch.channels_last))
+        output = net[2:](repeat_edges(net[:2](level), target - CONV_BORDER))
+        maps.append(mask_cells(output, cells))
+    return torch.cat(maps, 1)
+
+
+def mask_cells(maps: Tensor, n_cells: Tensor) -> Tensor:
+    """Maps (5, b, h', w') whose logits past n_cells (b, 2), (rows, columns), are -inf; in place."""
+    rows, columns = (torch.arange(n, device=maps.device) for n in maps.shape[2:])
+    is_outside = (rows >= n_cells[:, :1])[:, :, None] | (columns >= n_cells[:, 1:])[:, None]
+    maps[0].masked_fill_(is_outside, -math.inf)
+    return maps
 
 
 def repeat_edges(maps: Tensor, sizes: Tensor) -> Tensor:
-    """Maps (b, C, h, w) whose rows and columns past each one's sizes (b, 2) begin with a copy of the last; in place.
+    """Maps (b, C, h, w) in which the row and column after sizes (b, 2) repeat the last; in place.
 
-    Pooling, whose last window may reach over the edge, then gives what it would give there.
+    Max-pooling, whose last window may reach over the edge, then has the result of an unpadded map.
     """
     for axis in (2, 3):
         last = (sizes[:, axis - 2] - 1).clamp(min=0).view(-1, 1, 1, 1)
@@ -173,20 +201,23 @@ def repeat_edges(maps: Tensor, sizes: Tensor) -> Tensor:
     return maps
 
 
-def cells_to_boxes(maps: list[Tensor], scales: list[float], threshold: float):
-    """P-Net's cells above a threshold of the logit, from its output (5, b, h', w') for each level.
+def cells_to_boxes(maps: list[Tensor], scales: list[float],
+                   threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """P-Net's cells above a threshold of the logit, from its map (5, b, h', w') of each level.
 
-    Returns boxes (n, 4) float32, the cells in pixels of the image; scores (n,); offsets (n, 4); level (n,); image (n,).
+    Returns boxes (n, 4) float32, the cells in pixels of the image; scores (n,); offsets (n, 4);
+    level (n,); image (n,).
     """
-    cells = torch.cat([m.flatten(2) for m in maps], 2)                                      # (5, b, cells)
+    cells = torch.cat([level_map.flatten(2) for level_map in maps], 2)          # (5, b, cells)
     device = cells.device
-    starts = torch.tensor([0] + [m.shape[2] * m.shape[3] for m in maps], device=device).cumsum(0)
-    widths = torch.tensor([m.shape[3] for m in maps], device=device)
-    scales = torch.tensor(scales, device=device, dtype=torch.float64)
+    n_cells = [level_map.shape[2] * level_map.shape[3] for level_map in maps]
+    starts = torch.tensor([0, *n_cells], device=device).cumsum(0)
+    widths = torch.tensor([level_map.shape[3] for level_map in maps], device=device)
+    level_scales = torch.tensor(scales, device=device, dtype=torch.float64)
     image, cell = (cells[0] > threshold).nonzero(as_tuple=True)
     level = torch.bucketize(cell, starts, right=True) - 1
     local = cell - starts[level]
-    corner = torch.stack([local % widths[level], local // widths[level]], 1) * STRIDE + 1    # (n, 2) xy
-    boxes = torch.cat([corner, corner + CELL], 1) / scales[level, None]
-    values = cells[:, image, cell]                                                          # (5, n)
+    corner = torch.stack([local % widths[level], local // widths[level]], 1) * STRIDE + 1   # (n, 2)
+    boxes = torch.cat([corner, corner + CELL], 1) / level_scales[level, None]
+    values = cells[:, image, cell]                                              # (5, n)
     return boxes.round().float(), values[0], values[1:].T, level, image

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import torch
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 MAX_THREADS = 8         # each thread holds decoded batches and the networks' working memory
 MAX_PENDING = 2         # finished results that may wait for a slower one before them
