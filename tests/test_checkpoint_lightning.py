@@ -19,8 +19,8 @@ import infer
 from models.faces.align import CHIP_LANDMARKS, TEMPLATE, WHOLE_TEMPLATE, align_faces, crop_views, fit_similarity
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
-from models.faces.labelled import align_set
 from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import FacePolicy, ViewSpec, align_photos
 from models.faces.predictions import read_predictions
 
 SAMPLES = ROOT / "facesets" / "samples"
@@ -170,10 +170,13 @@ def test_in_a_labelled_set_a_chip_is_a_chip_unless_the_set_is_one_of_crops(publi
     spec, chip = load_checkpoint(published["resnet"][0]).spec, face_chip()
     chip.save(tmp_path / "chip.png")
     for finished, shown in ((False, spec.template), (True, TEMPLATE)):
-        batch, = align_set([str(tmp_path / "chip.png")], finished, MTCNN(), spec.window, spec.input_size,
-                           template=spec.template, chips=spec.chip_geometry)
+        view = ViewSpec(spec.window, spec.input_size, spec.template,
+                        None if finished else spec.chip_geometry)
+        policy = FacePolicy("central", "mean_landmarks", "never" if finished else "auto")
+        batch, = align_photos([str(tmp_path / "chip.png")], MTCNN(), view, policy)
         wanted = crop_views(bytes_of(chip), spec.window, spec.input_size, spec.template, shown)
-        assert batch.aligned_by == "crop" and torch.equal(batch.views, wanted)
+        row, = batch.rows
+        assert row.aligned_by == "crop" and torch.equal(batch.views, wanted)
 
 
 def test_the_chip_template_is_that_of_112(published):
@@ -346,7 +349,7 @@ def test_calibrating_leaves_the_lightning_file_alone(published, utk_named, tmp_p
 def test_the_default_checkpoint_is_found_from_any_folder(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = infer.build_parser().parse_args(["--output_dir", "out"]) if command is infer else evaluate.parse_args([])[1]
-    assert Path(args.ckpt) == ROOT / command.CKPT and Path(args.ckpt).is_file()
+    assert Path(args.ckpt).parent == ROOT / "checkpoints" and Path(args.ckpt).is_file()
     with pytest.raises(SystemExit):
         command.main(["--help"])
     said = capsys.readouterr().out
