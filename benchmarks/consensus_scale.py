@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from facesets.consensus import KEY_BITS, hash_one
-from models.faces.predictions import prediction_columns
+from models.faces.predictions import columns
+from models.reports.name_hashes import hash_name
+from models.reports.votes import KEY_BITS
 from models.running import cli
 
 CLASSES = ("African", "Asian", "Caucasian", "Indian")
@@ -61,7 +62,7 @@ def row_endings(rng: np.random.Generator) -> list[list[bytes]]:
         endings.append([(f",0,ok,{name},{max(p):.6f}," + ",".join(f"{x:.6f}" for x in p) + f",{name},"
                          + ",".join(f"{x:.2f}" for x in box) + ",0.999871,\n").encode()
                         for p, box in zip(probs.tolist(), boxes.tolist(), strict=True)])
-    return [*endings, [b",-1,no_face," + b"," * (len(prediction_columns(CLASSES)) - 4) + b"\n"] * TAILS]
+    return [*endings, [b",-1,no_face," + b"," * (len(columns(CLASSES)) - 4) + b"\n"] * TAILS]
 
 
 def write_table(path: Path, n_rows: int, rng: np.random.Generator) -> int:
@@ -69,7 +70,7 @@ def write_table(path: Path, n_rows: int, rng: np.random.Generator) -> int:
     endings = row_endings(rng)
     n_people, written = 0, 0
     with open(path, "wb") as file:
-        file.write(",".join(prediction_columns(CLASSES)).encode() + b"\n")
+        file.write(",".join(columns(CLASSES)).encode() + b"\n")
         while written < n_rows:
             counts = images_per_person(20_000, rng)
             counts = counts[:np.searchsorted(counts.cumsum(), n_rows - written) + 1]
@@ -90,7 +91,7 @@ def plain_votes(table: Path, n_rows: int) -> dict[str, list[str]]:
     people = defaultdict(list)
     with open(table, newline="") as file:
         for row in islice(csv.DictReader(file), n_rows):
-            people[row["file"].split("/")[0]].append((hash_one(row["file"].encode(), 1) >> np.uint64(64 - KEY_BITS),
+            people[row["file"].split("/")[0]].append((hash_name(row["file"].encode(), 1) >> np.uint64(64 - KEY_BITS),
                                                       row["status"], row["ethnicity"]))
     people.popitem()                                                    # whose rows may go on
     votes = {}
