@@ -7,7 +7,7 @@
 person are classified by their largest face. A person gets a class if at least --threshold of the
 person's faces are predicted to be of that class. With --predictions the votes come from a
 predictions.csv of infer.py, whose file names begin with the person's folder. The table is read as a
-stream and may be larger than the memory. With --ckpt, folders with identical photos are reported.
+stream and may be larger than the memory. Without it, folders with identical photos are reported.
 Writes into the output folder:
   estimated_ethnicities/<class>.txt  the people of each class, one per line
   people.csv                         every person: counts, votes, share, decision, reason
@@ -84,10 +84,12 @@ def build_parser() -> cli.Parser:
     rule = ConsensusRule()
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--input_dir", metavar="DIR", help="folder with a folder of photos for each person")
-    add("--output_dir", required=True, metavar="DIR", help="folder for the results")
-    add("--ckpt", metavar="FILE", help="checkpoint of train.py that classifies the photos")
-    add("--predictions", metavar="FILE", help="predictions.csv of infer.py, instead of --ckpt")
+    cli.add_input_dir(parser, "folder with a folder of photos for each person")
+    cli.add_output_dir(parser)
+    source = parser.add_mutually_exclusive_group()
+    cli.add_ckpt(source)
+    source.add_argument("--predictions", metavar="FILE",
+                        help="predictions.csv of infer.py; nothing is classified")
     add("--threshold", type=cli.fraction, default=rule.threshold, metavar="T",
         help="least share of a person's faces predicted to be of the class (%(default)s)")
     add("--strict", action="store_true", help="the share must exceed the threshold")
@@ -95,8 +97,7 @@ def build_parser() -> cli.Parser:
         help="photos of a person that are classified, at most (%(default)s)")
     add("--min_images", type=cli.positive_int, default=rule.min_images, metavar="N",
         help="those with a face, at least; a person with fewer is dropped (%(default)s)")
-    add("--seed", type=cli.non_negative_int, default=rule.seed,
-        help="seed of the random samples of photos (%(default)s)")
+    cli.add_seed(parser, rule.seed, "seed of the random samples of photos")
     cli.add_labelling_flags(parser)
     cli.add_rerun_flags(parser)
     return parser
@@ -133,10 +134,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(parser: cli.Parser, args: Namespace) -> None:
     """Ends the program with a one-line error for flags that contradict each other."""
-    if bool(args.ckpt) == bool(args.predictions):
-        parser.error("either --ckpt or --predictions is required")
-    if args.ckpt and not args.input_dir:
-        parser.error("--input_dir is required with --ckpt")
+    if not args.predictions and not args.input_dir:
+        parser.error("--input_dir is required with --ckpt, --predictions otherwise")
     if args.input_dir and not os.path.isdir(args.input_dir):
         parser.error(f"--input_dir {args.input_dir}: no such folder")
     output_dir = Path(args.output_dir).resolve()

@@ -1,4 +1,4 @@
-"""A person's label depends on that person's photos only; streamed votes equal a row-by-row count."""
+"""A person's label depends on that person's photos only; streamed votes equal a plain count."""
 import csv
 import json
 import os
@@ -166,7 +166,8 @@ def people(tmp_path) -> tuple[Path, Path]:
     draw_crop(0, 0).save(folder / "stray.png")
     torch.manual_seed(0)
     spec = FaceSpec(CLASSES, TEMPLATE, WHOLE_TEMPLATE, 32)
-    save_checkpoint(tmp_path / "net.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict()))
+    weights = FaceClassifier(spec).backbone.state_dict()
+    save_checkpoint(tmp_path / "net.pt", Checkpoint(spec, weights))
     return folder, tmp_path / "net.pt"
 
 
@@ -212,7 +213,8 @@ def test_two_ranks_write_the_results_of_one(people, tmp_path):
     flags = ["--input_dir", str(folder), "--ckpt", str(ckpt), *FLAGS]
     main([*flags, "--output_dir", str(tmp_path / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "facesets" / "consensus.py"), *flags, "--output_dir", str(tmp_path / "two")]
+               str(ROOT / "facesets" / "consensus.py"), *flags,
+               "--output_dir", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200,
                           env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -240,7 +242,8 @@ def test_wrong_flags_are_one_line(flags, named, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("line, named", [
-    ("a/x.jpg,0,ok,Green" + "," * (len(columns(CLASSES)) - 4), "Green"), ("a/x.jpg,0,ok", "3 cells"),
+    ("a/x.jpg,0,ok,Green" + "," * (len(columns(CLASSES)) - 4), "Green"),
+    ("a/x.jpg,0,ok", "3 cells"),
     ("x.jpg,0,ok,White" + "," * (len(columns(CLASSES)) - 4), "no person")])
 def test_a_broken_table_is_one_line(tmp_path, capsys, line, named):
     (tmp_path / "p.csv").write_text(",".join(columns(CLASSES)) + f"\n{line}\n")
