@@ -19,7 +19,7 @@ from models.data.faceset import read_faceset
 from models.faces.align import TEMPLATE, WHOLE_TEMPLATE
 from models.faces.checkpoint import Checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
-from models.faces.predictions import columns
+from models.faces.predictions import prediction_columns
 from models.reports import prediction_blocks
 from models.reports.name_hashes import hash_name
 
@@ -39,14 +39,14 @@ def draw_rows(n_people: int, seed: int = 0) -> list[list[str]]:
             for face in range(faces) if faces else [-1]:
                 label = str(rng.choice(labels, p=chances)) if faces else ""
                 rows.append([f"{person}/{i}.jpg", str(face), "ok" if faces else "no_face", label,
-                             *[""] * (len(columns(CLASSES)) - 4)])
+                             *[""] * (len(prediction_columns(CLASSES)) - 4)])
     return rows
 
 
 def write_table(path: Path, rows: list[list[str]]) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns(CLASSES))
+        writer.writerow(prediction_columns(CLASSES))
         writer.writerows(rows)
     return path
 
@@ -137,14 +137,14 @@ def test_every_photo_is_sampled_equally_often():
 def test_the_rule(tmp_path, labels, flags, decision, reason):
     names = {"W": "White", "B": "Black", "u": "uncertain", "-": ""}
     rows = [[f"x/{i}.jpg", "0" if names[c] else "-1", "ok" if names[c] else "unreadable", names[c],
-             *[""] * (len(columns(CLASSES)) - 4)] for i, c in enumerate(labels)]
+             *[""] * (len(prediction_columns(CLASSES)) - 4)] for i, c in enumerate(labels)]
     person, = run(write_table(tmp_path / "p.csv", rows), tmp_path / "out", *flags)
     assert person["decision"] == decision
     assert reason in person["reason"] and bool(person["reason"]) == bool(reason)
 
 
 def test_an_empty_class_is_reported(tmp_path, capsys):
-    rows = [[f"x/{i}.jpg", "0", "ok", "White", *[""] * (len(columns(CLASSES)) - 4)]
+    rows = [[f"x/{i}.jpg", "0", "ok", "White", *[""] * (len(prediction_columns(CLASSES)) - 4)]
             for i in range(3)]
     run(write_table(tmp_path / "p.csv", rows), tmp_path / "out")
     printed = capsys.readouterr().out
@@ -242,11 +242,11 @@ def test_wrong_flags_are_one_line(flags, named, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("line, named", [
-    ("a/x.jpg,0,ok,Green" + "," * (len(columns(CLASSES)) - 4), "Green"),
+    ("a/x.jpg,0,ok,Green" + "," * (len(prediction_columns(CLASSES)) - 4), "Green"),
     ("a/x.jpg,0,ok", "3 cells"),
-    ("x.jpg,0,ok,White" + "," * (len(columns(CLASSES)) - 4), "no person")])
+    ("x.jpg,0,ok,White" + "," * (len(prediction_columns(CLASSES)) - 4), "no person")])
 def test_a_broken_table_is_one_line(tmp_path, capsys, line, named):
-    (tmp_path / "p.csv").write_text(",".join(columns(CLASSES)) + f"\n{line}\n")
+    (tmp_path / "p.csv").write_text(",".join(prediction_columns(CLASSES)) + f"\n{line}\n")
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "p.csv", tmp_path / "out")
     error = capsys.readouterr().err
