@@ -55,7 +55,7 @@ from models.faces.predictions import (
 )
 from models.faces.predictor import Predictor, network_batch_size
 from models.reports.grids import GridFace, GridLayout, draw_grid
-from models.reports.shares import draw_shares, estimate_shares, format_shares
+from models.reports.shares import estimate_shares, format_shares
 from models.reports.tally import GroupsError, Tally, read_groups, tally_predictions
 from models.running import cli
 from models.running.files import atomic_write, merge_parts
@@ -433,8 +433,9 @@ def report_shares(tally: Tally, checkpoint: Checkpoint,
     written = {"classes": classes, "all": report} | ({"groups": groups} if with_groups else {})
     with atomic_write(output_dir / "shares.json") as temporary_path:
         temporary_path.write_text(json.dumps(written, indent=1))
-    with atomic_write(output_dir / "shares.png") as temporary_path:
-        draw_shares(reports, classes, temporary_path)
+    from models.reports.plots import draw_shares  # matplotlib is slow to import
+
+    draw_shares(reports, classes, output_dir / "shares.png")
 
 
 def printable(name: str) -> str:

@@ -15,6 +15,8 @@ from models.data.faceset import faceset_digest
 from models.faces.align import TEMPLATE
 from models.faces.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
+from models.faces.predictor import Predictor
+from models.reports.evaluation import age_band
 from models.reports.metrics import calibration_error, proper_scores, reliability_bins, risk_coverage
 
 CLASSES = ("White", "Black", "Asian", "Indian")
@@ -74,13 +76,13 @@ def trained(tmp_path_factory):
 
 
 def run(built, trained, out, *more):
-    evaluate.main(["--data", str(built), "--ckpt", str(trained), "--out_dir", str(out), "--workers", "0",
-                   "--device", "cpu", *more])
+    evaluate.main(["--data", str(built), "--ckpt", str(trained), "--output_dir", str(out),
+                   "--num_workers", "0", "--device", "cpu", *more])
 
 
 def error_of(capsys, *argv) -> str:
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([*argv, "--workers", "0", "--device", "cpu"])
+        evaluate.main([*argv, "--num_workers", "0", "--device", "cpu"])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1
     return message
@@ -208,7 +210,8 @@ def test_calibrate_adds_to_the_checkpoint_and_changes_nothing_else(built, traine
                                     ["none.jpg", -1, "no_face", *[""] * 6]])
     evaluate.main(["--shares", str(table), "--ckpt", str(path), "--out_dir", str(tmp_path)])
     report = json.loads((tmp_path / "shares.json").read_text())["all"]
-    assert report["n"] == 40
+    assert report["n"] == 40 and set(report["methods"]) == {"raw", "adjusted", "probabilistic"}
+    assert (tmp_path / "shares.png").stat().st_size > 1000
     # validation's own composition comes back
     assert report["methods"][report["default"]]["shares"] == pytest.approx([0.25] * 4, abs=1e-6)
 
@@ -216,19 +219,18 @@ def test_calibrate_adds_to_the_checkpoint_and_changes_nothing_else(built, traine
 def test_another_split_than_the_one_trained_on_is_said(built, trained, tmp_path, capsys):
     data, told = shutil.copytree(built, tmp_path / "data"), load_checkpoint(trained)
     shutil.copytree(data / "val", data / "train")
-    _, args = evaluate.parse_args(["--data", str(data)])
-    assert not evaluate.is_another_split(told, args)                # it does not say what it was trained on
+    assert not evaluate.is_other_split(told, str(data), {})         # no record of its training pictures
     told.metadata["train_files"] = {"data": faceset_digest([f"{i}.png" for i in range(10)] * 4)}
-    assert not evaluate.is_another_split(told, args)
+    assert not evaluate.is_other_split(told, str(data), {})
     (data / "train" / "0" / "0.png").rename(data / "train" / "0" / "new.png")
-    assert evaluate.is_another_split(told, args)
+    assert evaluate.is_other_split(told, str(data), {})
     save_checkpoint(tmp_path / "told.pt", told)
     run(data, tmp_path / "told.pt", tmp_path / "out")
-    assert "warning: the checkpoint was trained on another split; " in capsys.readouterr().out
+    assert "warning: the checkpoint was trained on another split, " in capsys.readouterr().out
     before = (tmp_path / "told.pt").read_bytes()
     with pytest.raises(SystemExit):
         run(data, tmp_path / "told.pt", tmp_path / "out", "--calibrate")
-    assert "--calibrate: the checkpoint was trained on another split; " in capsys.readouterr().err
+    assert "--calibrate: the checkpoint was trained on another split, " in capsys.readouterr().err
     assert (tmp_path / "told.pt").read_bytes() == before
 
 
@@ -253,20 +255,21 @@ def test_mistakes_are_one_line_that_names_the_flag(built, trained, tmp_path, cap
     assert "no dev folder" in error_of(capsys, *data, *ckpt, "--split", "dev")
     assert "--calibrate" in error_of(capsys, *data, *ckpt, "--calibrate", "--split", "test")
     assert "--name" in error_of(capsys, *data, *ckpt, "--name", "a/b")
-    assert "holds no calibration" in error_of(capsys, "--shares", "absent.csv", *ckpt)
-    assert "wants --ckpt" in error_of(capsys, "--shares", "absent.csv", "--out_dir", str(tmp_path / "out"))
-    assert "would replace it" in error_of(capsys, *data, *ckpt, "--against", str(tmp_path / "out" / "test_probs.npz"))
-    assert "--out_dir" in error_of(capsys, *data, "--ckpt", str(trained), "--out_dir", str(trained))
+    assert "has no calibration" in error_of(capsys, "--shares", "absent.csv", *ckpt)
+    assert "expects --ckpt" in error_of(capsys, "--shares", "absent.csv", "--out_dir",
+                                        str(tmp_path / "out"))
+    own = str(tmp_path / "out" / "test_probs.npz")
+    assert "would replace the file" in error_of(capsys, *data, *ckpt, "--against", own)
+    assert "--output_dir" in error_of(capsys, *data, "--ckpt", str(trained), "--out_dir", str(trained))
     assert not list(tmp_path.glob("out/*"))
 
 
 def test_flip_averages_both_sides_alike(trained):
-    classifier = load_checkpoint(trained).classifier(torch.device("cpu"))
+    predictor = Predictor(load_checkpoint(trained), torch.device("cpu"))
     views = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        once = evaluate.answer(classifier, views, True)
-        assert torch.allclose(once, evaluate.answer(classifier, views.flip(-1), True), atol=1e-5)
-        assert not torch.allclose(once, evaluate.answer(classifier, views, False), atol=1e-5)
+    averaged = predictor.logits(views, flip=True)
+    assert torch.allclose(averaged, predictor.logits(views.flip(-1), flip=True), atol=1e-5)
+    assert not torch.allclose(averaged, predictor.logits(views), atol=1e-5)
 
 
 def test_recompressed_crops_differ_as_little_as_quality_95_allows():
@@ -275,7 +278,7 @@ def test_recompressed_crops_differ_as_little_as_quality_95_allows():
 
 
 def test_age_bands_cover_all_ages():
-    assert [evaluate.age_band(age) for age in (0, 9, 10, 39, 40, 59, 60, 116)] \
+    assert [age_band(age) for age in (0, 9, 10, 39, 40, 59, 60, 116)] \
         == ["0-9", "0-9", "10-19", "30-39", "40-59", "40-59", "60+", "60+"]
 
 

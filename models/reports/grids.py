@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from models.running.files import atomic_write
-
 
 @dataclass(frozen=True)
 class GridLayout:
@@ -27,13 +25,8 @@ class GridFace:
 
 def draw_grid(faces: Sequence[GridFace], layout: GridLayout, path: Path) -> None:
     """Writes one grid of at most layout.n_faces faces as a JPEG file."""
-    from matplotlib.figure import Figure  # takes a second to import, and only grids need it
-    figure = Figure(figsize=(layout.width, layout.height), layout="tight")
-    panels = figure.subplots(layout.n_rows, layout.n_faces // layout.n_rows, squeeze=False)
-    for panel in panels.flatten():
-        panel.axis("off")
-    for panel, face in zip(panels.flatten(), faces, strict=False):
-        panel.imshow(face.crop)
-        panel.set_title(f"{face.label} {face.confidence:.0%}", parse_math=False)
-    with atomic_write(path) as temporary_path:
-        figure.savefig(temporary_path, format="jpg")
+    from models.reports.plots import draw_face_grid  # takes a second to import; only grids need it
+
+    titled = [(face.crop, f"{face.label} {face.confidence:.0%}") for face in faces]
+    draw_face_grid(titled, (layout.n_rows, layout.n_faces // layout.n_rows),
+                   (layout.width, layout.height), path)

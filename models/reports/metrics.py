@@ -1,88 +1,104 @@
-"""Confusion matrix and what is computed from it: accuracy with its interval, per-class figures, a paired test."""
+"""Metrics of a classifier: per-class figures, intervals, a paired test, calibration, risk-coverage.
+
+SciPy and scikit-learn are imported by the functions that use them: training needs only the
+confusion matrix, and both together take longer to import than PyTorch.
+"""
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Z95 = 1.959963984540054             # 97.5 % quantile of the normal distribution
-
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, n_classes: int) -> Tensor:
-    """Counts (C, C) int64: row = true class, column = predicted class. labels and predictions (n,) int64; n may be 0.
+    """Counts (C, C) int64: row = true class, column = predicted class.
 
-    Matrices of parts of a set add up to that of the whole.
+    labels and predictions (n,) int64, n may be 0. The matrices of the parts of a set add up to that
+    of the whole set.
     """
-    return torch.bincount(labels * n_classes + predictions, minlength=n_classes ** 2).view(n_classes, n_classes)
+    cells = torch.bincount(labels * n_classes + predictions, minlength=n_classes ** 2)
+    return cells.view(n_classes, n_classes)
 
 
 def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion of which k of n were seen; (0, 1) where n is 0.
+    """95 % interval of a proportion, observed in k of n cases; (0, 1) if n is 0.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
     if n == 0:
         return 0.0, 1.0
-    p, z2 = k / n, Z95 ** 2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n ** 2)) / (1 + z2 / n)
-    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+    from scipy.stats import binomtest
+
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def class_figures(confusion: Tensor) -> dict:
-    """accuracy, balanced_accuracy, macro_f1, n; per_class: a list of {precision, recall, f1, n} in class order.
+    """accuracy, balanced_accuracy, macro_f1, n; per_class: a list of {precision, recall, f1, n}.
 
-    All but n are fractions in 0..1. A ratio of nothing to nothing is 0: the precision of a class never predicted, the
-    recall of a class without a picture, every figure of an empty matrix. Balanced accuracy (the mean recall) and
-    macro-F1 are means over the classes that have pictures.
+    confusion (C, C) as from confusion_matrix; per_class is in class order. All figures but n are
+    fractions in 0..1. A ratio of 0 to 0 is 0: the precision of a class that was never predicted,
+    the recall of a class without pictures, every figure of an empty matrix. Balanced accuracy (the
+    mean recall) and macro-F1 are means over the classes that have pictures.
     """
-    counts = confusion.double().cpu()
-    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    precision, recall = right / predicted.clamp(min=1), right / true.clamp(min=1)
-    f1 = 2 * right / (true + predicted).clamp(min=1)
-    present = true > 0
-    n_present = present.sum().clamp(min=1)
-    columns = zip(precision.tolist(), recall.tolist(), f1.tolist(), true.long().tolist(), strict=True)
-    return {"accuracy": (right.sum() / counts.sum().clamp(min=1)).item(),
-            "balanced_accuracy": (recall[present].sum() / n_present).item(),
-            "macro_f1": (f1[present].sum() / n_present).item(),
-            "n": int(counts.sum()),
-            "per_class": [dict(zip(("precision", "recall", "f1", "n"), row, strict=True)) for row in columns]}
+    from sklearn.metrics import precision_recall_fscore_support
+
+    counts = confusion.cpu().numpy()
+    n, n_classes = int(counts.sum()), len(counts)
+    columns = np.zeros((4, n_classes))                          # scikit-learn refuses empty input
+    if n:
+        labels, predictions = np.indices(counts.shape).reshape(2, -1)
+        columns = np.array(precision_recall_fscore_support(
+            labels, predictions, labels=range(n_classes), sample_weight=counts.flatten(),
+            zero_division=0))
+    _, recall, f1, support = columns
+    has_pictures = support > 0
+    n_present = max(1, int(has_pictures.sum()))
+    per_class = [{"precision": precision, "recall": recall, "f1": f1, "n": int(support)}
+                 for precision, recall, f1, support in columns.T.tolist()]
+    return {"accuracy": int(counts.trace()) / max(n, 1),
+            "balanced_accuracy": float(recall[has_pictures].sum() / n_present),
+            "macro_f1": float(f1[has_pictures].sum() / n_present), "n": n, "per_class": per_class}
 
 
 def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> float:
-    """Two-sided p that two classifiers err equally often, from (n,) bool: which of the same pictures each got right.
+    """Two-sided p value of the hypothesis that two classifiers err equally often.
 
-    Only pictures on which they differ count; under equality each of these falls to either side like a fair coin.
-    McNemar, "Note on the sampling error of the difference between correlated proportions", 1947, in exact form.
+    correct_a and correct_b (n,) bool: which of the same pictures each classifier labelled
+    correctly. Only pictures on which they differ count: under the hypothesis, either classifier is
+    the correct one with probability 1/2. McNemar, "Note on the sampling error of the difference
+    between correlated proportions", 1947, in its exact form.
     """
-    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-    differing = only_a + only_b
-    ways, term = 0, 1                                   # whole numbers throughout: exact for any count
-    for i in range(min(only_a, only_b) + 1):
-        ways += term
-        term = term * (differing - i) // (i + 1)
-    return min(1.0, 2 * ways / 2 ** differing)
+    only_a = int((correct_a & ~correct_b).sum())
+    n_different = int((correct_a ^ correct_b).sum())
+    if n_different == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, n_different).pvalue)
 
 
 def reliability_bins(scores: Tensor, hits: Tensor, n_bins: int = 15) -> Tensor:
-    """Pictures by ascending score in bins of equal mass: (n_bins, 3) float64 mean score, share of hits, count.
+    """Pictures by ascending score in bins of equal mass: mean score, share of hits, count.
 
-    scores (n,) are stated probabilities, hits (n,) bool what came true; fewer bins where n is below n_bins.
+    scores (n,) are stated probabilities; hits (n,) bool: whether the event happened. Returns
+    (n_bins, 3) float64, or (n, 3) if n < n_bins.
     """
     order = scores.argsort(stable=True)
-    columns = torch.stack([scores.double(), hits.double(), torch.ones(len(scores), dtype=torch.float64)], 1)[order]
+    ones = torch.ones(len(scores), dtype=torch.float64)
+    columns = torch.stack([scores.double(), hits.double(), ones], 1)[order]
     parts = [part for part in columns.tensor_split(n_bins) if len(part)]
-    sums = torch.stack([part.sum(0) for part in parts]) if parts else torch.zeros(0, 3, dtype=torch.float64)
+    sums = torch.stack([part.sum(0) for part in parts]) if parts else columns.new_zeros(0, 3)
     return torch.cat([sums[:, :2] / sums[:, 2:], sums[:, 2:]], 1)
 
 
 def calibration_error(bins: Tensor) -> tuple[float, float]:
-    """Expected calibration error of reliability_bins, as it is and debiased.
+    """Expected calibration error (ECE) of reliability_bins: the plain and the debiased estimate.
 
-    A bin of n pictures shows a gap even of a perfect forecast, by chance. The second figure takes off how much a
-    normal error of the bin's own spread adds to its gap, as in Kumar, Liang, Ma, "Verified Uncertainty Calibration",
-    2019, here in closed form (the mean of a folded normal); it is at least 0.
+    A bin of n pictures shows a gap by chance even if the probabilities are exact. The debiased
+    estimate subtracts the amount that normal noise with the bin's own standard error adds to the
+    gap, as in Kumar, Liang, Ma, "Verified Uncertainty Calibration", 2019, here in closed form (the
+    mean of a folded normal distribution). It is at least 0.
     """
     weight = bins[:, 2] / bins[:, 2].sum().clamp(min=1)
     gap = (bins[:, 1] - bins[:, 0]).abs()
@@ -95,43 +111,48 @@ def calibration_error(bins: Tensor) -> tuple[float, float]:
 
 def ece_interval(scores: Tensor, hits: Tensor, n_bins: int = 15, n_resamples: int = 1000,
                  seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the expected calibration error of scores (n,) and hits (n,) bool; (0, 1) of none.
+    """95 % bootstrap interval of the ECE of scores (n,) and hits (n,) bool; (0, 1) if n is 0.
 
-    A resample's error exceeds the sample's by chance as the sample's exceeds the true one, so the quantiles are
-    mirrored at the sample's error (the basic bootstrap; Davison, Hinkley, "Bootstrap Methods and their Application",
-    1997, 5.2). That takes off too little where hardly any error is there, so the interval begins at 0 where hits drawn
-    by the scores themselves come to an error as large in more than 2.5 % of as many draws (Broecker, Smith,
-    "Increasing the Reliability of Reliability Diagrams", 2007). It is approximate: of 100 simulated sets of 2,000 with
-    true errors of 0, 0.01 and 0.03 it held the true one in 99, 94 and 80.
+    The error of a resample exceeds that of the sample by chance, just as the sample's exceeds the
+    true error, so the quantiles are mirrored at the sample's error (the basic bootstrap; Davison,
+    Hinkley, "Bootstrap Methods and their Application", 1997, 5.2). This corrects too little if the
+    true error is close to 0. The interval therefore begins at 0 if hits drawn by the scores
+    themselves give an error as large in more than 2.5 % of as many draws (Broecker, Smith,
+    "Increasing the Reliability of Reliability Diagrams", 2007). The interval is approximate: in 100
+    simulated sets of 2,000 pictures with true errors of 0, 0.01 and 0.03 it held the true error in
+    99, 94 and 80 sets.
     """
     n = len(scores)
     if n == 0:
         return 0.0, 1.0
-    stated, order = scores.double().sort(stable=True)
-    stated, came = stated.cpu().numpy(), hits[order].double().cpu().numpy()
+    sorted_scores, order = scores.double().sort(stable=True)
+    stated, observed = sorted_scores.cpu().numpy(), hits[order].double().cpu().numpy()
     starts = np.array([part[0] for part in np.array_split(np.arange(n), n_bins) if len(part)])
     rng = np.random.default_rng(seed)
 
     def error(excess: np.ndarray) -> float:
         return np.abs(np.add.reduceat(excess, starts)).sum() / n
 
-    seen = error(came - stated)
-    again = [error((came - stated)[np.sort(rng.integers(n, size=n, dtype=np.int32))]) for _ in range(n_resamples)]
+    excess = observed - stated
+    sample_error = error(excess)
+    resampled = [error(excess[np.sort(rng.integers(n, size=n, dtype=np.int32))])
+                 for _ in range(n_resamples)]
     calibrated = [error((rng.random(n) < stated) - stated) for _ in range(n_resamples)]
-    top, bottom = np.quantile(again, (0.975, 0.025))
-    low = 0.0 if seen <= np.quantile(calibrated, 0.975) else max(0.0, 2 * seen - top)
-    return float(low), float(max(0.0, 2 * seen - bottom))
+    top, bottom = np.quantile(resampled, (0.975, 0.025))
+    is_calibrated = sample_error <= np.quantile(calibrated, 0.975)
+    low = 0.0 if is_calibrated else max(0.0, 2 * sample_error - top)
+    return float(low), float(max(0.0, 2 * sample_error - bottom))
 
 
 def proper_scores(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood (n,) and Brier score (n,), summed over the classes, of each picture."""
-    truth = torch.nn.functional.one_hot(labels, probs.shape[1])
+    """NLL (n,) and Brier score (n,), summed over the classes, of probs (n, C) and labels (n,)."""
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
     nll = -probs.gather(1, labels[:, None]).squeeze(1).clamp(min=1e-12).log()
-    return nll, (probs - truth).square().sum(1)
+    return nll, (probs - one_hot).square().sum(1)
 
 
 def risk_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Error rate (n,) float64 among the 1, 2, ..., n most confident of n pictures; its mean is the area (AURC).
+    """Error rate (n,) float64 among the 1, 2, ..., n most confident pictures; its mean is the AURC.
 
     Geifman, El-Yaniv, "Selective Classification for Deep Neural Networks", 2017.
     """

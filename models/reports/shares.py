@@ -1,116 +1,141 @@
-"""Group shares of a collection of faces, from a classifier's probabilities and how it erred on validation.
+"""Quantification: group shares of a collection of faces, with 95 % intervals.
 
-A count of predicted labels is biased by the classifier's own confusions: what it loses of a large group it adds to the
-small ones. Four estimates, n faces, C classes, m validation faces:
+A count of predicted labels is biased by the classifier's confusions: what it misses of a large
+group it adds to the small groups. Three estimates, for n faces, C classes and m validation faces:
 
-    raw             counts of predicted labels, nothing corrected
-    adjusted        their vector q solved for the shares p: q = A p, column k of A being the mean of the one-hot
-                    predictions of the validation faces of class k (black-box shift estimation: Lipton, Wang, Smola,
-                    "Detecting and correcting for label shift with black box predictors", 2018)
-    probabilistic   the same with the mean probabilities in place of counts (Bella et al., "Quantification via
-                    probability estimators", 2010)
-    em              the maximum-likelihood shares under calibrated probabilities (Saerens, Latinne, Decaestecker,
-                    "Adjusting the outputs of a classifier to new a priori probabilities", 2002)
+    raw             classify and count: counts of the predicted labels
+    adjusted        adjusted classify and count (ACC): the counts q are solved for the shares p in
+                    q = A p, where column k of A is the mean of the one-hot predictions of the
+                    validation faces of class k (Lipton, Wang, Smola, "Detecting and correcting for
+                    label shift with black box predictors", 2018)
+    probabilistic   probabilistic ACC (PACC): the same with mean probabilities in place of counts
+                    (Bella et al., "Quantification via probability estimators", 2010)
 
-All but the first assume that faces of one class look here as they did in validation (label shift); `fit` tests that.
+ACC and PACC assume label shift: faces of one class look as they did in validation. `fit_test`
+tests that.
+
+*Intervals.* A replicate draws a composition near the estimated one, then as many validation faces
+of each class: a collection of known shares. The validation faces are resampled as well, class by
+class, and the estimator corrects the collection by them. The replicates' errors give the interval,
+centred on the estimate *before* its projection onto the simplex, then clipped to 0..1. There are
+two reasons. An interval for the *source*, which resampling the rows of `probs` would give, is too
+wide for the faces at hand: it held their shares in 160 of 160 simulated cases. And estimates on the
+simplex pile up at 0 for an absent class, where their percentiles mean little; the unconstrained
+estimate errs to both sides there as elsewhere. Coverage of the default method over random
+validation and test halves of UTKFace (benchmarks/shares.py): 95.0, 94.6 and 94.9 % at 200, 1,000
+and 5,000 faces.
+
+*Repeated pictures* (rows equal to the last digit) share their error. They count in the estimate as
+often as they occur, and in its uncertainty as one picture. Rows rounded to six decimals or fewer
+are never taken as repeated: among confident faces, such rows are often equal by chance.
 """
 import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-METHODS = ("raw", "adjusted", "probabilistic", "em")
-# Within the domain em errs twice as much (1.06 against 0.54 points at 1,000 faces, raw 2.53), and it cannot use faces
-# that the user labelled: on other people's pictures it stays at 6 points where this one falls to 2.7.
+from models.faces.calibration import Calibration
+from models.reports.tally import Tally
+from models.running.files import atomic_write
+
+# benchmarks/shares.py, 1,000 faces: a mean error of 0.54 points (raw 2.53, EM 1.06) within the
+# domain, and of 2.7 out of domain with 300 labelled faces of that domain, which EM cannot use (6
+# points).
 DEFAULT_METHOD = "probabilistic"
+MIN_FACES = 20              # below, intervals are too wide to say anything
 CONFIDENCE_BINS = 5         # per predicted label, in the test of the assumption
 FIT_LEVEL = 0.01            # p value below which the warning is given
-FLOOR = 1e-9                # of probabilities: no face is impossible
-# Beside labelled faces of the user's own, validation counts as this many faces per class. On simulated shifts, mean
-# error of a share with 50 own faces: 6.5 points by these alone, 5.9 by validation alone, 4.8 with 10; with 300:
-# 3.4, 5.9, 3.1. 5 and 20 do about as well. On FairFace by the UTKFace model (benchmarks/shares.py, 1,000 faces): 7.3
-# without own faces; 4.7, 4.0 and 2.7 with 50, 100 and 300.
+MIN_PROB = 1e-9             # probabilities are raised to it: no face is impossible
+# With labelled faces of the user (the reference), validation counts as this many faces per class.
+# On simulated shifts, the mean error of a share with 50 reference faces is 6.5 points by these
+# alone, 5.9 by validation alone and 4.8 with a prior of 10; with 300 faces 3.4, 5.9 and 3.1. Priors
+# of 5 and 20 do about as well. On FairFace by the UTKFace model (benchmarks/shares.py, 1,000
+# faces): 7.3 points without a reference; 4.7, 4.0 and 2.7 with 50, 100 and 300 faces.
 REFERENCE_PRIOR_FACES = 10
 
+Labelled = tuple[np.ndarray, np.ndarray]        # probabilities (m, C) and labels (m,)
 
-def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.ndarray, *, n_boot: int = 500,
-                    seed: int = 0, reference: tuple[np.ndarray, np.ndarray] | None = None) -> dict:
-    """Shares of the classes among n faces, by four methods, with 95 % intervals; plain values, ready for JSON.
 
-    probs (n, C) are the calibrated probabilities of the faces, n may be 0; val_probs (m, C) and val_labels (m,) the
-    validation faces behind the error model. reference: probabilities (r, C) and labels (r,) of faces like those at
-    hand, where the user labelled some; the error model is then theirs, with validation's as ten faces of each class.
+def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.ndarray, *,
+                    n_boot: int = 500, seed: int = 0, reference: Labelled | None = None,
+                    methods: Mapping[str, Callable] | None = None) -> dict:
+    """Shares of the classes among n faces, with 95 % intervals; plain values, ready for JSON.
 
-        n, n_distinct, n_val, n_reference, default (the method to quote), counts (C,) of predicted labels
-        methods[name]: shares (C,), None where n is 0; low, high (C,), the interval of the share among these faces;
-                       source_low, source_high (C,), of the share where these faces were randomly drawn from
-        fit: p_value, the probability of so poor a fit if these faces look like validation's; None where n is 0
-        warning: what to tell the reader where it does not fit, else ""
+    probs (n, C) are the calibrated probabilities of the faces, n may be 0; val_probs (m, C) and
+    val_labels (m,) the validation faces of the error model. reference: probabilities (r, C) and
+    labels (r,) of labelled faces of the same kind; the error model is then estimated from them,
+    with the validation faces as a prior of REFERENCE_PRIOR_FACES faces of each class. methods:
+    estimators by name, each a function of Evidence; METHODS by default.
 
-    Raises ValueError for shapes that do not match, probabilities that are none, and a class without a validation face.
+        n, n_distinct, n_val, n_reference, default (the method to quote),
+        counts (C,) of predicted labels
+        methods[name]: shares (C,), None if n is 0; low, high (C,), the interval of the share among
+                       these faces; source_low, source_high (C,), of the share in the population
+                       from which these faces were drawn at random
+        fit: p_value, the probability of so poor a fit if these faces look like the validation
+             faces; None if n is 0
+        warning: a sentence for the reader if they do not fit, else ""
 
-    *Intervals.* A replicate draws a composition near the estimated one, then for each class as many validation faces
-    as it says: a collection whose true shares are known. The validation faces are drawn anew too, class by class, and
-    the estimator corrects the one by the other. What it misses by makes the interval, laid about the estimate
-    *before* it is forced onto the simplex, then cut at 0 and 1. For two reasons. An interval for the *source*, which
-    resampling the rows of `probs` would give, is too wide for the faces at hand: it held their shares in 160 of 160
-    simulated cases. And an estimate on the simplex piles up at 0 for an absent class, where its percentiles mean
-    little; unconstrained, it errs to both sides of the border as it does inside. Coverage of the default over random
-    validation and test halves of UTKFace (benchmarks/shares.py): 95.0, 94.6 and 94.9 % at 200, 1,000 and 5,000 faces.
-
-    *Repeated pictures* (rows equal to the last digit) err together, so they count for the estimate as often as they
-    are there, and for its uncertainty as the one picture they are. Rows rounded to six decimals or fewer are never
-    taken for repeated: among sure faces, equality then means nothing.
+    Raises ValueError for shapes that do not match, rows that are not probabilities, and a class
+    without a validation face.
     """
-    probs, val_probs, val_labels, own_probs, own_labels = check_inputs(probs, val_probs, val_labels, reference)
+    methods = METHODS if methods is None else methods
+    probs, val, own = check_inputs(probs, val_probs, val_labels, reference)
     n, n_classes = probs.shape
-    report = {"n": n, "n_distinct": 0, "n_val": len(val_labels), "n_reference": len(own_labels), "default": DEFAULT_METHOD,
+    report = {"n": n, "n_distinct": 0, "n_val": len(val[1]), "n_reference": len(own[1]),
+              "default": DEFAULT_METHOD,
               "counts": np.bincount(probs.argmax(1), minlength=n_classes).tolist()}
     if n == 0:
         nothing = {"shares": None, "low": [0.0] * n_classes, "high": [1.0] * n_classes,
                    "source_low": [0.0] * n_classes, "source_high": [1.0] * n_classes}
-        return {**report, "methods": {name: dict(nothing) for name in METHODS},
+        return {**report, "methods": {name: dict(nothing) for name in methods},
                 "fit": {"p_value": None}, "warning": ""}
     faces, copies = distinct_faces(probs)
     rng = np.random.default_rng(seed)
-    model = ErrorModel(val_probs, val_labels, own_probs, own_labels)
-    replicates = Replicates(model, faces, copies, n_boot, rng)
-    methods = {"raw": raw_shares(report["counts"], n_boot, rng),
-               "adjusted": adjusted_shares(one_hot_predictions(faces), copies, one_hot_predictions(model.probs), model,
-                                           replicates),
-               "probabilistic": adjusted_shares(faces, copies, model.probs, model, replicates),
-               "em": em_shares(faces, copies, model, replicates)}
-    p_value = fit_test(faces, copies, model, replicates)
-    return {**report, "n_distinct": len(faces), "methods": methods, "fit": {"p_value": p_value},
+    model = ErrorModel(*val, *own)
+    evidence = Evidence(faces, copies, model, Replicates(model, faces, copies, n_boot, rng), rng)
+    entries = {name: estimate(evidence) for name, estimate in methods.items()}
+    p_value = fit_test(evidence)
+    return {**report, "n_distinct": len(faces), "methods": entries, "fit": {"p_value": p_value},
             "warning": warning_text(p_value)}
 
 
-def check_inputs(probs, val_probs, val_labels, reference) -> tuple[np.ndarray, ...]:
-    """Probabilities as float64, labels as int64, no reference as one of no faces; or ValueError with what is wrong."""
-    probs, val_probs = np.asarray(probs, dtype=np.float64), np.asarray(val_probs, dtype=np.float64)
+def check_inputs(probs, val_probs, val_labels,
+                 reference: Labelled | None) -> tuple[np.ndarray, Labelled, Labelled]:
+    """Inputs as float64 and int64 arrays; no reference as an empty one. Raises ValueError."""
+    probs = np.asarray(probs, dtype=np.float64)
+    val_probs = np.asarray(val_probs, dtype=np.float64)
     if probs.ndim != 2 or val_probs.ndim != 2 or probs.shape[1] != val_probs.shape[1]:
-        raise ValueError(f"shares want probs (n, C) and val_probs (m, C), got {probs.shape} and {val_probs.shape}")
+        raise ValueError("shares expect probs (n, C) and val_probs (m, C), "
+                         f"got {probs.shape} and {val_probs.shape}")
     n_classes = probs.shape[1]
     check_probs("probs", probs)
-    val_probs, val_labels = check_labelled("val", val_probs, val_labels, n_classes)
-    own_probs, own_labels = check_labelled("reference", *(reference or (np.empty((0, n_classes)), [])), n_classes)
-    missing = np.flatnonzero(np.bincount(val_labels, minlength=n_classes) == 0)
+    val = check_labelled("val", val_probs, val_labels, n_classes)
+    own = check_labelled("reference", *(reference or (np.empty((0, n_classes)), [])), n_classes)
+    missing = np.flatnonzero(np.bincount(val[1], minlength=n_classes) == 0)
     if len(missing):
-        raise ValueError(f"shares: class {missing[0]} has no validation face, so how it is mistaken is unknown")
-    return probs, val_probs, val_labels, own_probs, own_labels
+        raise ValueError(f"shares: class {missing[0]} has no validation face, so its error rates "
+                         "are unknown")
+    return probs, val, own
 
 
 def check_probs(name: str, probs: np.ndarray) -> None:
-    """Raises ValueError unless each row is a distribution, to the two digits that tables are written with."""
-    if not np.isfinite(probs).all() or (probs < 0).any() or (abs(probs.sum(1) - 1) > 1e-2).any():
-        raise ValueError(f"shares: {name} has rows that are no probabilities")
+    """Raises ValueError unless each row sums to 1, within the precision of two written digits."""
+    is_finite = np.isfinite(probs).all()
+    if not is_finite or (probs < 0).any() or (abs(probs.sum(1) - 1) > 1e-2).any():
+        raise ValueError(f"shares: {name} has rows that are not probabilities")
 
 
-def check_labelled(name: str, probs, labels, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labelled faces as arrays, probs (m, C) float64 and labels (m,) int64; or ValueError."""
+def check_labelled(name: str, probs, labels, n_classes: int) -> Labelled:
+    """Labelled faces: probs (m, C) float64 and labels (m,) int64. Raises ValueError."""
     probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     if probs.shape != (len(labels), n_classes):
-        raise ValueError(f"shares want {name}_probs ({len(labels)}, {n_classes}) for as many {name}_labels, "
-                         f"got {probs.shape}")
+        raise ValueError(f"shares expect {name}_probs ({len(labels)}, {n_classes}) for as many "
+                         f"{name}_labels, got {probs.shape}")
     check_probs(f"{name}_probs", probs)
     if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
         raise ValueError(f"shares: {name}_labels reach from {labels.min()} to {labels.max()}, "
@@ -119,312 +144,313 @@ def check_labelled(name: str, probs, labels, n_classes: int) -> tuple[np.ndarray
 
 
 def distinct_faces(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different rows (u, C) of probs (n, C), and how often each is there (u,)."""
-    rounded = (abs(probs * 1e6 - np.rint(probs * 1e6)) < 1e-4).all(1)
-    keys = np.column_stack([probs, np.where(rounded, np.arange(len(probs)), -1)])
+    """The distinct rows (u, C) of probs (n, C), and the number of copies of each (u,)."""
+    is_rounded = (abs(probs * 1e6 - np.rint(probs * 1e6)) < 1e-4).all(1)
+    keys = np.column_stack([probs, np.where(is_rounded, np.arange(len(probs)), -1)])
     keys, copies = np.unique(keys, axis=0, return_counts=True)
     return keys[:, :-1], copies
 
 
-# ------------------------------------------------------------------------------------------------------ the estimators
-def one_hot_predictions(probs: np.ndarray) -> np.ndarray:
-    """probs (n, C) -> (n, C) float64, 1 at each row's largest."""
-    return np.eye(probs.shape[1])[probs.argmax(1)]
-
-
-def simplex_least_squares(A: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """The shares p (C,), none negative and summing to 1, for which |A p - q| is least.
-
-    The optimum leaves some classes out and solves the rest under the one equation: all 2^C - 1 choices are tried, and
-    the best of those without a negative share is exact. Meant for the handful of classes that faces have.
-    """
-    n_classes = A.shape[1]
-    best, least = None, np.inf
-    for size in range(1, n_classes + 1):
-        for kept in map(list, itertools.combinations(range(n_classes), size)):
-            system = np.ones((size + 1, size + 1))
-            system[:size, :size], system[size, size] = A[:, kept].T @ A[:, kept], 0
-            solution = np.linalg.lstsq(system, np.append(A[:, kept].T @ q, 1), rcond=None)[0][:size]
-            if solution.min() < 0:
-                continue
-            p = np.zeros(n_classes)
-            p[kept] = solution / solution.sum()
-            if (error := np.linalg.norm(A @ p - q)) < least:
-                best, least = p, error
-    return best
-
-
-def em_estimate(faces: np.ndarray, copies: np.ndarray, prior: np.ndarray, *, tolerance: float = 1e-8,
-                max_steps: int = 5000) -> np.ndarray:
-    """Maximum-likelihood shares (C,) of faces with probabilities (u, C), each there copies (u,) times.
-
-    prior (C,): the class shares under which the probabilities were calibrated.
-    """
-    ratio = np.maximum(faces, FLOOR) / prior                    # proportional to p(face | class)
-    p = prior.copy()
-    for _ in range(max_steps):
-        posterior = ratio * p
-        posterior /= posterior.sum(1, keepdims=True)
-        after = copies @ posterior / copies.sum()
-        change = abs(after - p).max()
-        p = after
-        if change < tolerance:
-            break
-    return p
-
-
-# --------------------------------------------------------------------------------------------------------- replicates
+# ------------------------------------------------------------------------------ error model
 class ErrorModel:
-    """What the faces of each class look to the classifier: the validation faces, and the user's own, by class.
+    """The classifier's outputs on faces of each class: validation faces and the user's reference.
 
-    probs (m, C) of all of them. rows[k]: those of class k, weights[k] their weights, which sum to 1, and sizes[k] the
-    number of faces that these are worth. prior (C,): validation's class shares, under which probs are calibrated.
+    probs (m, C) of all of them. rows[k]: those of class k; weights[k]: their weights, which sum to
+    1; sizes[k]: the number of faces that they count as. prior (C,): the class shares of validation,
+    under which probs are calibrated.
     """
 
-    def __init__(self, val_probs: np.ndarray, val_labels: np.ndarray, own_probs: np.ndarray, own_labels: np.ndarray):
+    def __init__(self, val_probs: np.ndarray, val_labels: np.ndarray, own_probs: np.ndarray,
+                 own_labels: np.ndarray):
         self.probs = np.concatenate([val_probs, own_probs])
         self.prior = np.bincount(val_labels) / len(val_labels)
-        self.rows, self.weights, self.sizes = [], [], np.zeros(len(self.prior), dtype=np.int64)
+        self.sizes = np.zeros(len(self.prior), dtype=np.int64)
+        self.rows, self.weights = [], []
         for k in range(len(self.prior)):
             val_rows, own_rows = np.flatnonzero(val_labels == k), np.flatnonzero(own_labels == k)
-            worth = min(REFERENCE_PRIOR_FACES, len(val_rows)) if len(own_labels) else len(val_rows)
-            weights = np.repeat([worth / len(val_rows), 1.0], [len(val_rows), len(own_rows)])
-            self.sizes[k] = worth + len(own_rows)
+            n_val = len(val_rows)
+            val_size = min(REFERENCE_PRIOR_FACES, n_val) if len(own_labels) else n_val
+            weights = np.repeat([val_size / n_val, 1.0], [n_val, len(own_rows)])
+            self.sizes[k] = val_size + len(own_rows)
             self.rows.append(np.append(val_rows, len(val_probs) + own_rows))
             self.weights.append(weights / weights.sum())
 
     def class_means(self, features: np.ndarray) -> np.ndarray:
         """features (m, F) of the model's faces -> their mean per class, (F, C)."""
-        return np.stack([weights @ features[rows] for rows, weights in zip(self.rows, self.weights, strict=True)], 1)
+        means = [weights @ features[rows]
+                 for rows, weights in zip(self.rows, self.weights, strict=True)]
+        return np.stack(means, 1)
 
 
 class Replicates:
-    """B collections of known shares made of validation faces, each beside a validation set drawn anew.
+    """B collections of known shares, made of validation faces, each with its own validation set.
 
-    centre (C,): the shares of the source; shares (B, C): those of each collection. faces_per_class (C,): how many
-    distinct faces the collection at hand has of each class. drawn[k] and again[k] (B, m_k): the weight of each
-    validation face of class k in the class's part of the collection, and in the validation set.
+    centre (C,): the shares of the source; shares (B, C): those of each collection.
+    faces_per_class (C,): how many distinct faces the collection at hand has of each class. drawn[k]
+    and resampled[k] (B, m_k): the weight of each validation face of class k in the collection's
+    part of that class, and in the validation set.
     """
 
     def __init__(self, model: ErrorModel, faces: np.ndarray, copies: np.ndarray, n_boot: int,
                  rng: np.random.Generator):
         n = copies.sum()
         estimate = simplex_least_squares(model.class_means(model.probs), copies @ faces / n)
-        # Half a face more of each class: one that seems absent is still there in some of the collections.
+        # Half a face more of each class: a class that seems absent occurs in part of the
+        # collections.
         self.centre = (n * estimate + 0.5) / (n + 0.5 * len(estimate))
-        posterior = np.maximum(faces, FLOOR) / model.prior * self.centre
+        posterior = np.maximum(faces, MIN_PROB) / model.prior * self.centre
         posterior /= posterior.sum(1, keepdims=True)
-        distinct = (copies @ posterior) / (copies ** 2 @ posterior)             # (C,), 1 where no picture repeats
+        distinct = (copies @ posterior) / (copies ** 2 @ posterior)     # (C,), 1 without repetition
         self.faces_per_class = n * self.centre * distinct
         n_distinct = max(1, round(n ** 2 / (copies ** 2).sum()))
         self.shares = rng.multinomial(n_distinct, self.centre, n_boot) / n_distinct
         sizes = np.maximum(1, np.rint(n * self.shares * distinct)).astype(np.int64)
-        self.drawn = [draw_weights(sizes[:, k], weights, rng) for k, weights in enumerate(model.weights)]
-        self.again = [draw_weights(np.full(n_boot, size), weights, rng)
-                      for size, weights in zip(model.sizes, model.weights, strict=True)]
+        self.drawn = [draw_weights(sizes[:, k], weights, rng)
+                      for k, weights in enumerate(model.weights)]
+        self.resampled = [draw_weights(np.full(n_boot, size), weights, rng)
+                          for size, weights in zip(model.sizes, model.weights, strict=True)]
 
     def collection_means(self, features: np.ndarray, model: ErrorModel) -> np.ndarray:
         """features (m, F) of the model's faces -> their mean in each collection, (B, F)."""
-        return sum(self.shares[:, [k]] * (self.drawn[k] @ features[rows]) for k, rows in enumerate(model.rows))
+        return sum(self.shares[:, [k]] * (self.drawn[k] @ features[rows])
+                   for k, rows in enumerate(model.rows))
 
     def class_means(self, features: np.ndarray, model: ErrorModel) -> np.ndarray:
-        """features (m, F) of the model's faces -> their mean per class in each validation set, (B, F, C)."""
-        return np.stack([self.again[k] @ features[rows] for k, rows in enumerate(model.rows)], 2)
+        """features (m, F) of the model's faces -> mean per class and validation set, (B, F, C)."""
+        means = [self.resampled[k] @ features[rows] for k, rows in enumerate(model.rows)]
+        return np.stack(means, 2)
+
+
+@dataclass
+class Evidence:
+    """What an estimator uses: faces (u, C), each copies (u,) times; error model; replicates."""
+    faces: np.ndarray
+    copies: np.ndarray
+    model: ErrorModel
+    replicates: Replicates
+    rng: np.random.Generator
 
 
 def draw_weights(sizes: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws by weights (m,), with replacement, as many in each row as sizes (B,) says; as weights again, (B, m)."""
+    """sizes (B,) draws with replacement by weights (m,), as relative frequencies (B, m)."""
     m = len(weights)
-    if sizes.sum() > 4 * len(sizes) * m:                # one by one, draws from so few things would take memory
+    if sizes.sum() > 4 * len(sizes) * m:        # single draws would take much memory
         counts = rng.multinomial(sizes, weights)
-    else:                                               # several times as fast as the multinomial
-        uniform = (weights == weights[0]).all()
-        drawn = rng.integers(m, size=sizes.sum()) if uniform else rng.choice(m, sizes.sum(), p=weights)
-        counts = np.bincount(np.repeat(np.arange(len(sizes)) * m, sizes) + drawn, minlength=len(sizes) * m)
+    else:                                       # several times as fast as the multinomial
+        n_draws, is_uniform = sizes.sum(), (weights == weights[0]).all()
+        drawn = rng.integers(m, size=n_draws) if is_uniform else rng.choice(m, n_draws, p=weights)
+        cells = np.repeat(np.arange(len(sizes)) * m, sizes) + drawn
+        counts = np.bincount(cells, minlength=len(sizes) * m)
     return counts.reshape(-1, m) / sizes[:, None]
 
 
-def with_intervals(shares: np.ndarray, free: np.ndarray, errors: np.ndarray, source_errors: np.ndarray) -> dict:
-    """A method's entry in the report: shares (C,) on the simplex, intervals about the unconstrained `free` (C,).
+# ------------------------------------------------------------------------------- estimators
+def one_hot_predictions(probs: np.ndarray) -> np.ndarray:
+    """probs (n, C) -> (n, C) float64, 1 at the largest of each row."""
+    return np.eye(probs.shape[1])[probs.argmax(1)]
 
-    errors, source_errors (B, C): by what the unconstrained estimates of the replicates missed.
+
+def simplex_least_squares(A: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """The shares p (C,), non-negative and summing to 1, that minimise |A p - q|.
+
+    The optimum is 0 for a subset of the classes and solves the rest under the one equation. All
+    2^C - 1 subsets are tried, and the best without a negative share is exact. For few classes only.
+    """
+    n_classes = A.shape[1]
+    best, least = None, np.inf
+    for size in range(1, n_classes + 1):
+        for support in map(list, itertools.combinations(range(n_classes), size)):
+            B = A[:, support]
+            system = np.ones((size + 1, size + 1))
+            system[:size, :size], system[size, size] = B.T @ B, 0
+            solution = np.linalg.lstsq(system, np.append(B.T @ q, 1), rcond=None)[0][:size]
+            if solution.min() < 0:
+                continue
+            p = np.zeros(n_classes)
+            p[support] = solution / solution.sum()
+            if (error := np.linalg.norm(A @ p - q)) < least:
+                best, least = p, error
+    return best
+
+
+def with_intervals(shares: np.ndarray, free: np.ndarray, errors: np.ndarray,
+                   source_errors: np.ndarray) -> dict:
+    """A method's entry in the report.
+
+    shares (C,) lie on the simplex; intervals are centred on the unconstrained estimate `free` (C,).
+    errors, source_errors (B, C): of the replicates' unconstrained estimates.
     """
     entry = {"shares": shares.tolist()}
-    for prefix, missed in (("", errors), ("source_", source_errors)):
-        upper, lower = np.quantile(missed, [0.975, 0.025], axis=0)
-        # An estimate pushed back onto the simplex may leave the interval by a hair; it is never shown outside.
+    for prefix, sample in (("", errors), ("source_", source_errors)):
+        upper, lower = np.quantile(sample, [0.975, 0.025], axis=0)
+        # The projection onto the simplex may move an estimate just out of its interval.
         entry[f"{prefix}low"] = np.minimum(np.clip(free - upper, 0, 1), shares).tolist()
         entry[f"{prefix}high"] = np.maximum(np.clip(free - lower, 0, 1), shares).tolist()
     return entry
 
 
-# ------------------------------------------------------------------------------------------------- methods of a report
-def raw_shares(counts: list[int], n_boot: int, rng: np.random.Generator) -> dict:
-    """The raw count's entry; its interval knows the luck of the draw alone, not that the classifier errs."""
-    shares = np.array(counts) / sum(counts)
-    errors = rng.multinomial(sum(counts), shares, n_boot) / sum(counts) - shares
+def raw_shares(evidence: Evidence) -> dict:
+    """Classify and count; the interval covers the sampling error, not misclassification."""
+    counts = (evidence.copies @ one_hot_predictions(evidence.faces)).astype(np.int64)
+    shares, n_boot = counts / counts.sum(), len(evidence.replicates.shares)
+    errors = evidence.rng.multinomial(counts.sum(), shares, n_boot) / counts.sum() - shares
     return with_intervals(shares, shares, errors, errors)
 
 
-def adjusted_shares(features: np.ndarray, copies: np.ndarray, val_features: np.ndarray, model: ErrorModel,
-                    replicates: Replicates) -> dict:
-    """The entry of an adjusted count: features (u, F) of the faces, a mixture of the validation faces' (m, F)."""
+def adjusted_shares(evidence: Evidence) -> dict:
+    """Adjusted classify and count (ACC)."""
+    return solve_mixture(evidence, one_hot_predictions(evidence.faces),
+                         one_hot_predictions(evidence.model.probs))
+
+
+def probabilistic_shares(evidence: Evidence) -> dict:
+    """Probabilistic adjusted classify and count (PACC)."""
+    return solve_mixture(evidence, evidence.faces, evidence.model.probs)
+
+
+def solve_mixture(evidence: Evidence, features: np.ndarray, val_features: np.ndarray) -> dict:
+    """Shares by which the mean of features (u, F) mixes the class means of val_features (m, F)."""
+    model, replicates, copies = evidence.model, evidence.replicates, evidence.copies
     A, q = model.class_means(val_features), copies @ features / copies.sum()
     free = np.linalg.pinv(A) @ q
-    redone = np.linalg.pinv(replicates.class_means(val_features, model)) \
+    estimates = np.linalg.pinv(replicates.class_means(val_features, model)) \
         @ replicates.collection_means(val_features, model)[:, :, None]
-    redone = redone[:, :, 0]
-    return with_intervals(simplex_least_squares(A, q), free, redone - replicates.shares, redone - replicates.centre)
+    estimates = estimates[:, :, 0]
+    return with_intervals(simplex_least_squares(A, q), free, estimates - replicates.shares,
+                          estimates - replicates.centre)
 
 
-def em_shares(faces: np.ndarray, copies: np.ndarray, model: ErrorModel, replicates: Replicates) -> dict:
-    """The maximum-likelihood entry. Its replicates are one Newton step each, of shares and calibration alike.
+METHODS = {"raw": raw_shares, "adjusted": adjusted_shares, "probabilistic": probabilistic_shares}
 
-    The score of face x for class j is g_j = ratio_j / (ratio . p), its mean over the faces 1 at the optimum.
+
+# --------------------------------------------------------------- the test of the assumption
+def fit_test(evidence: Evidence) -> float:
+    """p value of the hypothesis of label shift: faces of each class look as in validation.
+
+    The faces are counted in cells of predicted label and confidence. Under the hypothesis the
+    counts are a mixture of those of the validation classes. The statistic is the squared distance
+    to the nearest mixture in units of its sampling noise (a minimum chi-square); the replicates
+    give its distribution.
     """
-    p = em_estimate(faces, copies, model.prior)
-    centre = replicates.centre
-    scores, val_scores = (likelihood_scores(x, model.prior, centre) for x in (faces, model.probs))
-    # The expected curvature, from validation: that of the faces at hand has no inverse where they are few.
-    curvature = (model.class_means(outer_products(val_scores)) @ centre).reshape(len(p), len(p))
-    inverse = np.linalg.pinv(curvature)
-    inverse -= np.outer(inverse.sum(1), inverse.sum(0)) / inverse.sum()            # steps keep the sum of shares
-    free = centre + inverse @ (copies @ scores / copies.sum())
-    noise = replicates.collection_means(val_scores, model) - replicates.shares @ model.class_means(val_scores).T
-    noise += calibration_noise(model, replicates) @ score_slopes(faces, copies, model.prior, centre).T
-    errors = noise @ inverse
-    return with_intervals(p, free, errors, errors + replicates.shares - centre)
-
-
-def likelihood_scores(probs: np.ndarray, prior: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """d log-likelihood / d p of faces with calibrated probs (n, C): (n, C)."""
-    ratio = np.maximum(probs, FLOOR) / prior
-    return ratio / (ratio @ p)[:, None]
-
-
-def outer_products(rows: np.ndarray) -> np.ndarray:
-    """(n, F) -> (n, F * F): each row's outer product with itself."""
-    return (rows[:, :, None] * rows[:, None]).reshape(len(rows), -1)
-
-
-def score_slopes(faces: np.ndarray, copies: np.ndarray, prior: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """d mean score / d (slope, biases) of the calibration: (C, 1 + C)."""
-    z, g = np.log(np.maximum(faces, FLOOR)), likelihood_scores(faces, prior, p)
-    weight, posterior = copies / copies.sum(), g * p
-    by_slope = weight @ (g * (z - (posterior * z).sum(1, keepdims=True)))
-    by_bias = np.diag(weight @ g) - (g * weight[:, None]).T @ posterior
-    return np.column_stack([by_slope, by_bias])
-
-
-def calibration_noise(model: ErrorModel, replicates: Replicates) -> np.ndarray:
-    """By what slope and biases of a calibration refitted to each replicate's validation set differ: (B, 1 + C)."""
-    probs = np.maximum(model.probs, FLOOR)
-    m, n_classes = probs.shape
-    design = np.concatenate([np.log(probs)[:, :, None], np.broadcast_to(np.eye(n_classes), (m, n_classes, n_classes))],
-                            2)
-    mean = (design * probs[:, :, None]).sum(1)                                     # (m, 1 + C)
-    spread = np.einsum("nck,nc,ncl->nkl", design, probs, design).reshape(m, -1) - outer_products(mean)
-    fisher = (model.class_means(spread) @ model.sizes).reshape(n_classes + 1, n_classes + 1)
-    labels = np.empty(m, dtype=np.int64)
-    for k, rows in enumerate(model.rows):
-        labels[rows] = k
-    gradient = design[np.arange(m), labels] - mean
-    moved = (replicates.class_means(gradient, model) - model.class_means(gradient)) @ model.sizes      # (B, 1 + C)
-    return moved @ np.linalg.pinv(fisher, hermitian=True)
-
-
-# ---------------------------------------------------------------------------------------- the test of the assumption
-def fit_test(faces: np.ndarray, copies: np.ndarray, model: ErrorModel, replicates: Replicates) -> float:
-    """p value of the hypothesis that the faces of each class look to the classifier as they did on validation.
-
-    The faces are counted in cells of predicted label and confidence. Under the hypothesis the counts are a mixture,
-    in any shares, of those of the validation classes; the statistic is the squared distance to the nearest mixture, in
-    units of its sampling noise (a minimum chi-square), and the replicates say how large it gets by chance.
-    """
-    cells, val_cells = confidence_cells(faces, model.probs), confidence_cells(model.probs, model.probs)
-    H, h = model.class_means(val_cells), copies @ cells / copies.sum()
+    faces, model, replicates = evidence.faces, evidence.model, evidence.replicates
+    cells = confidence_cells(faces, model.probs)
+    val_cells = confidence_cells(model.probs, model.probs)
+    H, h = model.class_means(val_cells), evidence.copies @ cells / evidence.copies.sum()
     noise = np.zeros((len(H), len(H)))
     for k, share in enumerate(replicates.centre):
         variance = share ** 2 * (1 / replicates.faces_per_class[k] + 1 / model.sizes[k])
         noise += variance * (np.diag(H[:, k]) - np.outer(H[:, k], H[:, k]))
     values, vectors = np.linalg.eigh(noise)
-    kept = values > 1e-6 * values[-1]
-    whiten = (vectors[:, kept] / np.sqrt(values[kept])).T
+    is_positive = values > 1e-6 * values[-1]
+    whiten = (vectors[:, is_positive] / np.sqrt(values[is_positive])).T
     observed = mixture_distance((whiten @ H)[None], (whiten @ h)[None])[0]
-    by_chance = mixture_distance(whiten @ replicates.class_means(val_cells, model),
+    simulated = mixture_distance(whiten @ replicates.class_means(val_cells, model),
                                  replicates.collection_means(val_cells, model) @ whiten.T)
-    return float((1 + (by_chance >= observed * (1 - 1e-9)).sum()) / (1 + len(by_chance)))
+    n_as_large = (simulated >= observed * (1 - 1e-9)).sum()
+    return float((1 + n_as_large) / (1 + len(simulated)))
 
 
 def confidence_cells(probs: np.ndarray, val_probs: np.ndarray) -> np.ndarray:
-    """probs (n, C) -> (n, cells) one-hot: predicted label and, within it, fifth of the validation confidences."""
+    """probs (n, C) -> (n, cells) one-hot: predicted label x quantile of validation confidence."""
     parts = []
     for k in range(probs.shape[1]):
-        reference = val_probs[val_probs.argmax(1) == k, k]
-        n_bins = int(np.clip(len(reference) // 10, 1, CONFIDENCE_BINS))
-        edges = np.quantile(reference, np.arange(1, n_bins) / n_bins) if len(reference) else []
+        confidence = val_probs[val_probs.argmax(1) == k, k]
+        n_bins = int(np.clip(len(confidence) // 10, 1, CONFIDENCE_BINS))
+        levels = np.arange(1, n_bins) / n_bins
+        edges = np.quantile(confidence, levels) if len(confidence) else []
         cell = np.searchsorted(edges, probs[:, k], side="right")
         parts.append(np.eye(n_bins)[cell] * (probs.argmax(1) == k)[:, None])
     return np.concatenate(parts, 1)
 
 
 def mixture_distance(H: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """Squared distance (B,) of h (B, F) to the nearest mixture, weights summing to 1, of the columns of H (B, F, C)."""
+    """Squared distance (B,) of h (B, F) to the affine hull of the columns of H (B, F, C)."""
     base, directions = h - H[:, :, 0], H[:, :, 1:] - H[:, :, :1]
     nearest = directions @ (np.linalg.pinv(directions) @ base[:, :, None])
     return np.square(base - nearest[:, :, 0]).sum(1)
 
 
 def warning_text(p_value: float) -> str:
-    """What to tell the reader of shares whose assumption does not hold; "" where nothing speaks against it."""
+    """A sentence for the reader if the assumption does not hold, else ""."""
     if p_value >= FIT_LEVEL:
         return ""
-    return (f"These pictures do not look like the validation pictures to the classifier (p = {p_value:.3g}). Treat the "
-            "shares as rough: their intervals do not cover errors that differ from validation's. Labelling some of "
-            "these pictures and correcting by those helps.")
+    return ("These pictures do not look like the validation pictures to the classifier "
+            f"(p = {p_value:.3g}). Treat the shares as rough: their intervals do not cover errors "
+            "that differ from validation's. Labelling some of these pictures and correcting by "
+            "those helps.")
 
 
-# ---------------------------------------------------------------------------------------------------- for the reader
-def format_shares(report: dict, classes) -> str:
-    """The report as a table: per class the raw count and share, and the default method's share and interval."""
+# ------------------------------------------------------------------------------- the report
+def report_shares(tally: Tally, calibration: Calibration | None, classes: tuple[str, ...],
+                  output_dir: Path, *, with_groups: bool = False,
+                  reference: Labelled | None = None) -> None:
+    """Prints the estimated shares and writes them to shares.json and shares.png in output_dir.
+
+    tally: of the predictions.csv; with_groups: also report each of its groups. calibration: of the
+    checkpoint that made the predictions. reference: probabilities and labels of labelled faces of
+    the same kind. If no estimate is possible, the reason is printed and the files of an earlier run
+    are removed. Raises ValueError as estimate_shares does.
+    """
+    for name in ("shares.json", "shares.png"):
+        (output_dir / name).unlink(missing_ok=True)
+    if calibration is None or len(tally.probs) < MIN_FACES:
+        print(f"shares: {no_shares_reason(len(tally.probs))}")
+        return
+    if reference and not len(reference[1]):
+        print("--reference: no face was found, so the shares rest on validation faces alone")
+
+    def estimate(probs: np.ndarray) -> dict:
+        return estimate_shares(probs, calibration.val_probs.numpy(),
+                               calibration.val_labels.numpy(), reference=reference)
+
+    report, groups = estimate(tally.probs), {}
+    for i, name in enumerate(tally.group_names):
+        if (tally.groups == i).sum() >= MIN_FACES:
+            groups[name] = estimate(tally.probs[tally.groups == i])
+    reports = {f"group {printable(name)}": group for name, group in groups.items()}
+    reports = {"all": report} | reports
+    for name, group in reports.items():
+        title = f"\n{name}\n" if with_groups else "\n"
+        print(title + format_shares(group, classes))
+    if n_small := len(tally.group_names) - len(groups):
+        print(f"{n_small} groups with fewer than {MIN_FACES} faces have no estimate of their own")
+    content = {"classes": classes, "all": report} | ({"groups": groups} if with_groups else {})
+    with atomic_write(output_dir / "shares.json") as temporary_path:
+        temporary_path.write_text(json.dumps(content, indent=1))
+    from models.reports.plots import draw_shares  # matplotlib is slow to import
+
+    draw_shares(reports, classes, output_dir / "shares.png")
+
+
+def no_shares_reason(n_faces: int) -> str:
+    """Why no shares are estimated: too few faces, else a checkpoint without calibration."""
+    if n_faces < MIN_FACES:
+        return (f"{n_faces} {'face is' if n_faces == 1 else 'faces are'} too few for an estimate "
+                f"(at least {MIN_FACES})")
+    return ("the checkpoint is not calibrated, so its errors are unknown "
+            "(evaluate.py --calibrate)")
+
+
+def printable(name: str) -> str:
+    """A name with the bytes that are not valid UTF-8 written as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def format_shares(report: dict, classes: tuple[str, ...]) -> str:
+    """The report as a table: raw count and share, default estimate and interval of each class."""
     entry, raw = report["methods"][report["default"]], report["methods"]["raw"]
     if entry["shares"] is None:
         return "no faces, no shares"
     width = max(5, *(len(name) for name in classes))
     lines = [f"{'class':<{width}} {'counted':>8} {'raw':>7} {'estimate':>9}   95 % interval"]
     for k, name in enumerate(classes):
-        lines.append(f"{name:<{width}} {report['counts'][k]:>8} {raw['shares'][k]:>7.1%} {entry['shares'][k]:>9.1%}   "
-                     f"{entry['low'][k]:.1%} to {entry['high'][k]:.1%}")
-    own = f"{report['n_reference']} labelled faces of your own and " if report["n_reference"] else ""
-    lines.append(f"{report['n']} faces; estimate: {report['default']} count, corrected by how the classifier erred on "
-                 f"{own}{report['n_val']} validation faces")
+        interval = f"{entry['low'][k]:.1%} to {entry['high'][k]:.1%}"
+        lines.append(f"{name:<{width}} {report['counts'][k]:>8} {raw['shares'][k]:>7.1%} "
+                     f"{entry['shares'][k]:>9.1%}   {interval}")
+    own = report["n_reference"]
+    own_text = f"{own} labelled faces of your own and " if own else ""
+    lines.append(f"{report['n']} faces; estimate: {report['default']} count, corrected by the "
+                 f"error rates on {own_text}{report['n_val']} validation faces")
     if report["warning"]:
         lines.append(f"warning: {report['warning']}")
     return "\n".join(lines)
-
-
-def draw_shares(reports: dict[str, dict], classes, path) -> None:
-    """A figure of one or more reports by name: per class the default estimate, its interval and the raw share."""
-    from matplotlib.figure import Figure
-
-    names = [name for name, report in reports.items() if report["n"]]
-    figure = Figure(figsize=(1.6 + 1.5 * len(classes), 1.4 + 0.28 * len(classes) * max(1, len(names))),
-                    layout="constrained")
-    axes = figure.subplots(1, len(classes), sharey=True, squeeze=False)[0]
-    for k, (axis, label) in enumerate(zip(axes, classes, strict=True)):
-        for row, name in enumerate(names):
-            report = reports[name]
-            entry = report["methods"][report["default"]]
-            colour = "tab:red" if report["warning"] else "tab:blue"
-            axis.plot([100 * entry["low"][k], 100 * entry["high"][k]], [row, row], color=colour, linewidth=2)
-            axis.plot(100 * entry["shares"][k], row, "o", color=colour,
-                      label="estimate, 95 % interval; red where the faces do not fit validation's")
-            axis.plot(100 * report["methods"]["raw"]["shares"][k], row, "x", color="0.35", label="raw count")
-        axis.set_title(label, parse_math=False)             # a name may hold a $
-        axis.set(xlim=(-3, 103), xticks=(0, 50, 100), xlabel="%")
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), [f"{name} (n = {reports[name]['n']})" for name in names], parse_math=False)
-    axes[0].set_ylim(max(1, len(names)) - 0.5, -0.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=120)
