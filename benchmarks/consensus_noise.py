@@ -360,7 +360,7 @@ def draw_column(upper, lower, rows: list[dict]) -> None:
 def open_split(parser: cli.Parser, args: Namespace, checkpoint: Checkpoint,
                split: str) -> LabelledFeatures:
     """Features of a split of --data; a one-line error for a set that cannot be read."""
-    faces = open_faceset(parser, Namespace(**vars(args), split=split), checkpoint.spec.classes)
+    faces = open_faceset(parser, args.data, split, args.class_map, checkpoint.spec.classes)
     return extract_features(faces, checkpoint, args.num_workers, args.device, split)
 
 
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     """Estimates the correlation, evaluates every rule and writes the table and the figure."""
     parser, args = parse_args(argv)
     output_dir = cli.output_folder(parser, "--output_dir", args.output_dir)
-    checkpoint = open_checkpoint(parser, args)
+    checkpoint = open_checkpoint(parser, args.ckpt)
     correlations = {0.0, *args.correlation}
     if args.people:
         try:

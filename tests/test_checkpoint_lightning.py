@@ -22,6 +22,7 @@ from models.faces.classifier import FaceClassifier, FaceSpec
 from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import FacePolicy, ViewSpec, align_photos
 from models.faces.predictions import read_predictions
+from models.running import cli
 
 SAMPLES = ROOT / "facesets" / "samples"
 DOCUMENTED = {"model": transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]),
@@ -353,7 +354,7 @@ def test_the_default_checkpoint_is_found_from_any_folder(command, tmp_path, monk
     with pytest.raises(SystemExit):
         command.main(["--help"])
     said = capsys.readouterr().out
-    assert command.CKPT in " ".join(said.split()) and str(ROOT) not in said
+    assert cli.CHECKPOINT_NAME in " ".join(said.split()) and str(ROOT) not in said
 
 
 def test_a_file_of_another_kind_is_refused_with_a_reason():
