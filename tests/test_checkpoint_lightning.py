@@ -210,7 +210,7 @@ def test_what_can_not_be_passed_over_is_explained_in_a_line(tmp_path):
     trap = Trap(tmp_path / "fired", os.system)
     torch.save({"state_dict": resnet18(num_classes=4).state_dict(prefix="model."), "hyper_parameters": trap},
                tmp_path / "trap.ckpt")
-    with pytest.raises(CheckpointError, match="where you trust the file: python -c") as refusal:
+    with pytest.raises(CheckpointError, match="if you trust the file, save its weights: python -c") as refusal:
         load_checkpoint(tmp_path / "trap.ckpt")
     assert "\n" not in str(refusal.value) and not trap.path.exists()
 
@@ -242,7 +242,7 @@ def test_a_file_of_neither_kind_is_told_what_was_wanted(tmp_path, content, found
 def test_a_network_of_another_shape_is_refused(tmp_path):
     content = {"state_dict": resnet18(num_classes=7).state_dict(prefix="model.")}
     torch.save(content, tmp_path / "seven.ckpt")
-    with pytest.raises(CheckpointError, match=r"fc.weight is \(7, 512\), wanted \(4, 512\)"):
+    with pytest.raises(CheckpointError, match=r"fc.weight is \(7, 512\), expected \(4, 512\)"):
         load_checkpoint(tmp_path / "seven.ckpt")
     del content["state_dict"]["model.bn1.bias"]
     torch.save(content, tmp_path / "less.ckpt")

@@ -214,7 +214,7 @@ def has_shared_memory() -> bool:
 
 
 def load_photos(photos: PhotoSources, batch_size: int, workers: int, max_side: int | None = None,
-                positions: Sequence[int] | None = None, batches: Sequence[int] | None = None,
+                positions: Sequence[int] | None = None, batches: Iterable[int] | None = None,
                 pool: OrderedThreadPool | None = None) -> Iterator[PhotoBatch]:
     """PhotoBatches of all pictures, or of those at `positions`, batch_size at a time, in order.
 

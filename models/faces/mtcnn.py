@@ -49,7 +49,7 @@ class Faces:
 
     boxes: Tensor               # (n, 4) float32, xyxy pixels
     scores: Tensor              # (n,) float32, 0 to 1
-    landmarks: Tensor           # (n, 5, 2) float32, xy: eyes, nose, mouth corners; left before right
+    landmarks: Tensor           # (n, 5, 2) float32, xy: eyes, nose, mouth corners, left ones first
     image_index: Tensor         # (n,) int64, ascending; faces of one image by descending score
 
     def select(self, rows: Tensor) -> "Faces":
@@ -186,7 +186,7 @@ class MTCNN(nn.Module):
         return Faces(boxes[uncovered], scores[keep].sigmoid(), landmarks[keep], image_index[keep])
 
     def reference_boxes(self, boxes: Tensor, sizes: Tensor, image_index: Tensor) -> Tensor:
-        """The boxes (n, 4) to which a network's offsets refer; with clip_boxes, clipped to the image."""
+        """The boxes (n, 4) to which a network's offsets refer; clipped if clip_boxes is set."""
         if not self.clip_boxes:
             return boxes
         return clip_boxes_to_image(boxes, sizes.to(boxes.device)[image_index])
