@@ -1,4 +1,4 @@
-"""Which pictures of a labelled set are trained on, and which are validated on."""
+"""Which pictures of a labelled set are for training, and which for validation."""
 from pathlib import Path
 
 import torch
@@ -7,34 +7,35 @@ from models.data.duplicates import group_duplicate_files
 from models.data.faceset import FaceSet, FaceSetError, read_faceset
 from models.running.ranks import broadcast_from_rank0
 
-MIN_PERSON_FOLDERS = 5      # folders per class from which on a picture's folder is taken for a person's
+MIN_PERSON_FOLDERS = 5      # folders per class, from which on a folder is assumed to be one person
 
 
-def hold_out(faces: FaceSet, share: float, seed: int, workers: int = 0, rank: int = 0) -> tuple[FaceSet, FaceSet]:
-    """Train and validation parts of a set that has none; rank 0 looks at the pictures for all ranks.
+def hold_out(faces: FaceSet, share: float, seed: int, num_workers: int = 0,
+             rank: int = 0) -> tuple[FaceSet, FaceSet]:
+    """Training and validation part of a set: a group split, stratified by class.
 
-    Each class gives `share` of its groups, which are never divided. One with two labels is trained
-    on: validation would not know which is right.
+    Each class gives `share` of its leakage groups. A group with two labels is for training:
+    validation could not tell which one is right. Rank 0 reads the pictures for all ranks.
     """
-    groups = broadcast_from_rank0(leakage_groups(faces, workers) if rank == 0 else None)
-    by_label: dict[int, list[str]] = {}
+    groups = broadcast_from_rank0(leakage_groups(faces, num_workers) if rank == 0 else None)
+    names_by_label: dict[int, list[str]] = {}
     for name in sorted(groups):
         labels = set(faces.labels[groups[name]].tolist())
         if len(labels) == 1:
-            by_label.setdefault(labels.pop(), []).append(name)
-    generator, held = torch.Generator().manual_seed(seed), set()
-    for _, names in sorted(by_label.items()):
+            names_by_label.setdefault(labels.pop(), []).append(name)
+    generator, val_rows = torch.Generator().manual_seed(seed), set()
+    for _, names in sorted(names_by_label.items()):
         order = torch.randperm(len(names), generator=generator).tolist()
         for i in order[:max(1, round(share * len(names)))] if len(names) > 1 else ():
-            held.update(groups[names[i]])
-    return faces.subset([row for row in range(len(faces)) if row not in held]), faces.subset(sorted(held))
+            val_rows.update(groups[names[i]])
+    train_rows = [row for row in range(len(faces)) if row not in val_rows]
+    return faces.subset(train_rows), faces.subset(sorted(val_rows))
 
 
-def leakage_groups(faces: FaceSet, workers: int) -> dict[str, list[int]]:
-    """Rows of a set that belong together, by a name: those of a person's folder, or else of one photograph.
+def leakage_groups(faces: FaceSet, num_workers: int) -> dict[str, list[int]]:
+    """Rows by group name: the pictures of a person's folder, or near-duplicates of a photograph.
 
-    Folders of a single class are taken for persons' where there are MIN_PERSON_FOLDERS of them per
-    class.
+    Where a class has MIN_PERSON_FOLDERS folders of a single class, folders are persons.
     """
     folders: dict[str, list[int]] = {}
     for row, file in enumerate(faces.files):
@@ -42,31 +43,32 @@ def leakage_groups(faces: FaceSet, workers: int) -> dict[str, list[int]]:
     n_pure = sum(len(set(faces.labels[rows].tolist())) == 1 for rows in folders.values())
     if n_pure >= MIN_PERSON_FOLDERS * len(faces.classes):
         return folders
-    same = group_duplicate_files(faces.paths(), workers, f"{faces.root}: looking for equal pictures")
-    return {min(faces.files[row] for row in rows): rows for rows in same}
+    groups = group_duplicate_files(faces.paths(), num_workers, f"{faces.root}: near-duplicates")
+    return {min(faces.files[row] for row in rows): rows for rows in groups}
 
 
-def read_training_sets(args) -> tuple[list[FaceSet], list[FaceSet]]:
-    """Training and validation part of each of args.data; all with the classes of the first. Raises FaceSetError.
+def read_training_sets(roots: list[str], class_map: dict[str, str], val_share: float, seed: int,
+                       num_workers: int, rank: int = 0) -> tuple[list[FaceSet], list[FaceSet]]:
+    """Training and validation part of each set; all have the classes of the first.
 
-    args: data, class_map, val_share, seed, workers, rank, as the flags of train.py.
+    A set without a val folder is split by hold_out. Raises FaceSetError.
     """
-    train, val, classes = [], [], None
-    for root in args.data:
-        whole = read_faceset(root, "train", args.class_map, classes)
-        classes = whole.classes
-        if whole.unmatched:
-            raise FaceSetError(f"{root}: folder {whole.unmatched[0]} matches no class of {args.data[0]} "
-                               f"({', '.join(classes)}); --class_map {whole.unmatched[0]}=CLASS names its class")
+    train_sets, val_sets, classes = [], [], None
+    for root in roots:
+        faces = read_faceset(root, "train", class_map, classes)
+        classes = faces.classes
+        if faces.unmatched:
+            raise FaceSetError(
+                f"{root}: folder {faces.unmatched[0]} matches no class of {roots[0]} "
+                f"({', '.join(classes)}); --class_map {faces.unmatched[0]}=CLASS names its class")
         if (Path(root) / "val").is_dir():
-            train.append(whole)
-            val.append(read_faceset(root, "val", args.class_map, classes))
+            train, val = faces, read_faceset(root, "val", class_map, classes)
         else:
-            parts = hold_out(whole, args.val_share, args.seed, args.workers, args.rank)
-            train.append(parts[0])
-            val.append(parts[1])
-    for name, sets in (("train", train), ("validation", val)):
+            train, val = hold_out(faces, val_share, seed, num_workers, rank)
+        train_sets.append(train)
+        val_sets.append(val)
+    for name, sets in (("train", train_sets), ("validation", val_sets)):
         counts = sum(torch.bincount(faces.labels, minlength=len(classes)) for faces in sets)
         if (counts == 0).any():
             raise FaceSetError(f"no {name} picture of class {classes[int(counts.argmin())]}")
-    return train, val
+    return train_sets, val_sets

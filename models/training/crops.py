@@ -1,0 +1,115 @@
+"""Crops in memory: a set's pictures aligned to the whole template, with labels and targets."""
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from models.data.faceset import FaceSet
+from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, crop_views
+from models.faces.labelled import align_set
+from models.faces.mtcnn import MTCNN
+from models.running.ranks import per_local_rank
+from models.training.auxiliary import aux_targets
+from models.training.process import Process
+
+MIN_FACE_SIZE = 40      # pixels, in pictures that are not finished crops: one large face each
+VAL_RESOLUTION = 224    # of validation crops: that of the builder
+
+
+@dataclass
+class Crops:
+    """N pictures as crops of the whole template.
+
+    targets: what the network learns to predict. The first C columns are the class: the label as a
+    one-hot row, or its mixture with soft targets. Those of the auxiliary heads may follow.
+    """
+    pixels: Tensor          # (N, 3, R, R) uint8
+    labels: Tensor          # (N,) int64
+    targets: Tensor         # (N, T) float32
+    paths: list[str]        # absolute
+
+    def to(self, device: torch.device) -> "Crops":
+        """The same crops on a device."""
+        return Crops(self.pixels.to(device), self.labels.to(device), self.targets.to(device),
+                     self.paths)
+
+    @staticmethod
+    def concatenate(parts: list["Crops"]) -> "Crops":
+        """The crops of several sets as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return Crops(torch.cat([part.pixels for part in parts]),
+                     torch.cat([part.labels for part in parts]),
+                     torch.cat([part.targets for part in parts]),
+                     [path for part in parts for path in part.paths])
+
+
+def load_crops(sets: list[FaceSet], titles: list[str], resolution: int, process: Process,
+               num_workers: int, has_aux: bool = False) -> Crops:
+    """Every picture of the sets as a crop; unreadable ones are left out and printed.
+
+    titles: of each set, for progress and messages. has_aux: targets include the auxiliary heads'.
+    Pictures that are not finished crops are detected and aligned.
+    """
+    detector = MTCNN(min_face_size=MIN_FACE_SIZE).to(process.device)
+    return Crops.concatenate([load_set(faces, title, resolution, detector, process, num_workers, has_aux)
+                              for faces, title in zip(sets, titles, strict=True)])
+
+
+def load_set(faces: FaceSet, title: str, resolution: int, detector: MTCNN, process: Process,
+             num_workers: int, has_aux: bool) -> Crops:
+    """The crops of one set, as for load_crops."""
+    pixels = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
+    is_readable, n_faceless = torch.ones(len(faces), dtype=torch.bool), 0
+    for batch in align_set(faces.paths(), faces.is_aligned, detector, WHOLE_TEMPLATE, resolution,
+                           workers=num_workers, progress=title if process.is_main else None):
+        pixels[batch.positions] = batch.views
+        n_faceless += len(batch.positions) if batch.aligned_by == "template" else 0
+        for position, status, reason in batch.failures:
+            is_readable[position] = False
+            tqdm.write(f"left out: {faces.files[position]}: {status}: {reason}")
+    if n_faceless and process.is_main:
+        print(f"{title}: no face detected in {n_faceless} of {len(faces)} pictures; "
+              "they are aligned by the mean landmarks of the others")
+    targets = F.one_hot(faces.labels, len(faces.classes)).float()
+    if has_aux:
+        targets = torch.cat([targets, aux_targets(faces)], 1)
+    paths = [os.path.abspath(path)
+             for path, readable in zip(faces.paths(), is_readable.tolist(), strict=True) if readable]
+    return Crops(pixels if is_readable.all() else pixels[is_readable], faces.labels[is_readable],
+                 targets[is_readable], paths)
+
+
+def render_views(crops: Tensor, window: tuple, input_size: int, device: torch.device) -> Tensor:
+    """The window of each crop: (N, 3, R, R) uint8 -> (N, 3, S, S) uint8 on the device, in chunks."""
+    views = torch.empty(len(crops), 3, input_size, input_size, dtype=torch.uint8, device=device)
+    for chunk, target in zip(crops.split(256), views.split(256), strict=True):
+        target.copy_(crop_views(chunk.to(device), window, input_size))
+    return views
+
+
+def reduce_resolution(crops: Tensor, resolution: int) -> Tensor:
+    """Crops at a lower resolution, without aliasing; smaller ones as they are."""
+    if crops.shape[-1] <= resolution:
+        return crops
+    return render_views(crops, WHOLE_TEMPLATE, resolution, crops.device)
+
+
+def crop_resolution(window: tuple, input_size: int) -> int:
+    """Resolution of training crops: 1.25 crop pixels per view pixel keep one bilinear warp sharp."""
+    return math.ceil(1.25 * input_size * TEMPLATE_SIZE / (window[2] - window[0]))
+
+
+def fits_on_device(crops: Tensor, device: torch.device) -> bool:
+    """Whether a CUDA device can hold the crops and a smaller copy of them.
+
+    They may use two thirds of this rank's share of its free memory.
+    """
+    if device.type != "cuda":
+        return False
+    free = torch.cuda.mem_get_info(device)[0]
+    return crops.numel() < min(free, per_local_rank(free * torch.cuda.device_count())) / 3

@@ -1,0 +1,36 @@
+"""Order of an epoch's crops, shared out over the ranks, and its batches of augmented views."""
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from models.training.augmentation import random_views
+from models.training.crops import Crops
+from models.training.process import Process
+from models.training.settings import TrainingSettings
+
+# Pictures, in whole batches, that are augmented in one call: many calls keep a GPU waiting.
+AUGMENTED_AT_ONCE = {"cpu": 1, "cuda": 1024}
+
+
+def epoch_rows(n: int, epoch: int, seed: int, process: Process) -> Tensor:
+    """Rows (k,) int64 that this rank trains on in an epoch: its share of one permutation of n.
+
+    All ranks have the same number of rows; up to world_size - 1 pictures are left out.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1000 + epoch))
+    return order[:n // process.world_size * process.world_size][process.rank::process.world_size]
+
+
+def augmented_batches(crops: Crops, rows: Tensor, input_size: int, settings: TrainingSettings,
+                      device: torch.device, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (views (B, 3, S, S) float32, targets (B, T) float32) of the rows, on the device."""
+    batch_size = settings.batch_size
+    at_once = max(1, AUGMENTED_AT_ONCE[device.type] // batch_size) * batch_size
+    for chunk in rows.to(crops.pixels.device).split(at_once):
+        pixels, targets = (values.index_select(0, chunk).to(device, non_blocking=True)
+                           for values in (crops.pixels, crops.targets))
+        views = random_views(pixels, settings.window, input_size, settings.augment, generator)
+        for batch in zip(views.split(batch_size), targets.split(batch_size), strict=True):
+            if len(batch[0]) > 1:           # batch norm has no statistics of a single picture
+                yield batch
