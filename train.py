@@ -52,8 +52,9 @@ from models.training.process import Process
 from models.training.settings import TrainingSettings
 from models.training.state import TrainingState, start_training
 
-RESUME_INTERVAL = 20    # seconds, at least, between resume files: one takes as long as a GPU's epoch
-RESUME_FLAGS = ("data", "class_map", "init", "teacher")     # beside the settings, equal in a resumed run
+RESUME_INTERVAL = 20    # least seconds between resume files: one takes as long as a GPU's epoch
+# beside the settings: equal in a resumed run
+RESUME_FLAGS = ("data", "class_map", "init", "teacher")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Run:
     @property
     def about(self) -> dict:
         """What checkpoints and resume files tell about the run."""
-        return {"args": self.flags, "recipe": asdict(self.settings), "train_files": self.train_files}
+        return {"args": self.flags, "recipe": asdict(self.settings),
+                "train_files": self.train_files}
 
 
 def parse_args(argv: list[str] | None = None):
@@ -160,8 +162,8 @@ def warn_of_leakage(teachers: list[tuple], init: str, train_files: dict[str, str
     for flag, path, network in networks:
         digests = network.metadata.get("train_files")
         if digests and not set(train_files.values()) <= set(digests.values()):
-            print(f"warning: {flag} {path} was trained on another selection of pictures; if it is of "
-                  "the same sets, validation pictures may be among them and the accuracy too high")
+            print(f"warning: {flag} {path} was trained on another selection of pictures; if it is "
+                  "of the same sets, it may have seen validation pictures: their accuracy is too high")
 
 
 def load_data(run: Run, train_sets: list[FaceSet], val_sets: list[FaceSet], teachers: list[tuple],
@@ -185,7 +187,8 @@ def restore(training: TrainingState, run: Run) -> None:
     log = run.files.log
     if run.process.is_main:
         lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= training.epoch))
+        log.write_text("".join(line for line in lines
+                               if json.loads(line)["epoch"] <= training.epoch))
 
 
 def run_epochs(run: Run, training: TrainingState, train: Crops, val: Crops) -> None:

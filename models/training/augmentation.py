@@ -31,8 +31,9 @@ def random_views(crops: Tensor, window: tuple, input_size: int, augment: bool,
     warp = random_warps(len(crops), window, augment, generator)
     to_crop = template_pixels(warp, crops.shape[-1] / TEMPLATE_SIZE)
     chunk = CPU_CHUNK if crops.device.type == "cpu" else max(1, len(crops))
+    chunks = zip(crops.split(chunk), to_crop.split(chunk), strict=True)
     views = torch.cat([sample_views(pixels.float(), warps, window, input_size)
-                       for pixels, warps in zip(crops.split(chunk), to_crop.split(chunk), strict=True)])
+                       for pixels, warps in chunks])
     for transform in PIXEL_TRANSFORMS if augment else ():
         views = transform(views, generator)
     return views

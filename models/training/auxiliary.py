@@ -1,4 +1,4 @@
-"""Auxiliary heads: age band and gender are learnt beside the classes, and dropped after training."""
+"""Auxiliary heads: age band and gender, learnt beside the classes and dropped after training."""
 import bisect
 
 import torch

@@ -55,14 +55,14 @@ def load_crops(sets: list[FaceSet], titles: list[str], resolution: int, process:
     titles: of each set, for progress and messages. has_aux: targets include the auxiliary heads'.
     Pictures that are not finished crops are detected and aligned.
     """
-    detector = MTCNN(min_face_size=MIN_FACE_SIZE).to(process.device)
-    return Crops.concatenate([load_set(faces, title, resolution, detector, process, num_workers, has_aux)
+    return Crops.concatenate([load_set(faces, title, resolution, process, num_workers, has_aux)
                               for faces, title in zip(sets, titles, strict=True)])
 
 
-def load_set(faces: FaceSet, title: str, resolution: int, detector: MTCNN, process: Process,
-             num_workers: int, has_aux: bool) -> Crops:
+def load_set(faces: FaceSet, title: str, resolution: int, process: Process, num_workers: int,
+             has_aux: bool) -> Crops:
     """The crops of one set, as for load_crops."""
+    detector = MTCNN(min_face_size=MIN_FACE_SIZE).to(process.device)
     pixels = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
     is_readable, n_faceless = torch.ones(len(faces), dtype=torch.bool), 0
     for batch in align_set(faces.paths(), faces.is_aligned, detector, WHOLE_TEMPLATE, resolution,
@@ -78,14 +78,13 @@ def load_set(faces: FaceSet, title: str, resolution: int, detector: MTCNN, proce
     targets = F.one_hot(faces.labels, len(faces.classes)).float()
     if has_aux:
         targets = torch.cat([targets, aux_targets(faces)], 1)
-    paths = [os.path.abspath(path)
-             for path, readable in zip(faces.paths(), is_readable.tolist(), strict=True) if readable]
+    paths = [os.path.abspath(faces.root / faces.files[row]) for row in is_readable.nonzero()]
     return Crops(pixels if is_readable.all() else pixels[is_readable], faces.labels[is_readable],
                  targets[is_readable], paths)
 
 
 def render_views(crops: Tensor, window: tuple, input_size: int, device: torch.device) -> Tensor:
-    """The window of each crop: (N, 3, R, R) uint8 -> (N, 3, S, S) uint8 on the device, in chunks."""
+    """The window of each crop: (N, 3, R, R) uint8 -> (N, 3, S, S) uint8 on the device."""
     views = torch.empty(len(crops), 3, input_size, input_size, dtype=torch.uint8, device=device)
     for chunk, target in zip(crops.split(256), views.split(256), strict=True):
         target.copy_(crop_views(chunk.to(device), window, input_size))
@@ -100,7 +99,7 @@ def reduce_resolution(crops: Tensor, resolution: int) -> Tensor:
 
 
 def crop_resolution(window: tuple, input_size: int) -> int:
-    """Resolution of training crops: 1.25 crop pixels per view pixel keep one bilinear warp sharp."""
+    """Resolution of training crops: with 1.25 pixels per view pixel a bilinear warp stays sharp."""
     return math.ceil(1.25 * input_size * TEMPLATE_SIZE / (window[2] - window[0]))
 
 

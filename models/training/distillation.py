@@ -15,7 +15,7 @@ from models.faces.pipeline import Predictor, network_batch
 from models.training.crops import Crops
 from models.training.process import Process
 
-SoftTargets = dict[str, list[float]]        # probabilities by absolute path; [] for unreadable pictures
+SoftTargets = dict[str, list[float]]    # probabilities by absolute path; [] if unreadable
 
 
 class TeacherError(Exception):
@@ -50,8 +50,8 @@ def check_coverage(path: str, table: SoftTargets, train_sets: list[FaceSet],
     if missing := next((file for file in train_paths if file not in table), None):
         raise TeacherError(f"{path}: it has no row for {missing}")
     if leaked := next((file for file in val_paths if file in table), None):
-        raise TeacherError(f"{path}: it was fitted on {leaked}, which is a validation picture here; "
-                           "make it with the same --data, --class_map, --val_share and --seed")
+        raise TeacherError(f"{path}: it was fitted on {leaked}, which is a validation picture "
+                           "here; use the same --data, --class_map, --val_share and --seed")
 
 
 def read_soft_targets(path: str, classes: tuple[str, ...]) -> SoftTargets:
@@ -69,7 +69,8 @@ def read_soft_targets(path: str, classes: tuple[str, ...]) -> SoftTargets:
             for row in reader:
                 has_values = any(row[name] for name in columns)
                 probs = [float(row[name]) for name in columns] if has_values else []
-                if not row["image"] or probs and not (min(probs) >= 0 and abs(sum(probs) - 1) < 0.01):
+                is_distribution = not probs or min(probs) >= 0 and abs(sum(probs) - 1) < 0.01
+                if not row["image"] or not is_distribution:
                     raise TeacherError(f"{path}: line {reader.line_num} has no image, or its "
                                        "probabilities do not add up to 1")
                 table[os.path.abspath(Path(path).parent / row["image"])] = probs
@@ -84,8 +85,8 @@ def mix_in_soft_targets(teachers: list[tuple[str, Checkpoint | SoftTargets]], cr
                         teacher_share: float, process: Process) -> None:
     """Replaces `teacher_share` of the class targets by the teachers' soft targets.
 
-    teachers: files and their contents. Several are combined by the geometric mean of their probabilities. Raises
-    TeacherError where a table has no probabilities for a picture.
+    teachers: files and their contents. Several are combined by the geometric mean of their
+    probabilities. Raises TeacherError where a table has no probabilities for a picture.
     """
     logs = []
     for path, teacher in teachers:
@@ -113,7 +114,8 @@ def teacher_probabilities(teacher: Checkpoint, crops: Tensor, process: Process) 
         teacher = replace(teacher, calibration=unbiased)
     predictor, spec = Predictor(teacher, process.device), teacher.spec
     inset = 0.04 * (spec.window[2] - spec.window[0])
-    tight = tuple(edge + inset * sign for edge, sign in zip(spec.window, (1, 1, -1, -1), strict=True))
+    x0, y0, x1, y1 = spec.window
+    tight = (x0 + inset, y0 + inset, x1 - inset, y1 - inset)
     probs = torch.empty(len(crops), len(spec.classes))
     batches = torch.arange(len(crops)).split(network_batch(process.device))
     for rows in tqdm(batches, desc="teacher", disable=not process.is_main, unit="batch"):

@@ -30,7 +30,8 @@ def learning_rate(step: int, steps_per_epoch: int, settings: TrainingSettings) -
     return settings.lr * warmup * 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs))
 
 
-def training_loss(outputs: Tensor, targets: Tensor, n_classes: int, settings: TrainingSettings) -> Tensor:
+def training_loss(outputs: Tensor, targets: Tensor, n_classes: int,
+                  settings: TrainingSettings) -> Tensor:
     """Cross-entropy of the classes plus the weighted one of each auxiliary head: (B, T) -> ().
 
     A target row of zeros (unknown age or gender) adds nothing to loss and gradient.
@@ -53,8 +54,9 @@ def take_step(training: TrainingState, network: nn.Module, views: Tensor, target
 
     network: the model, its CapturedNetwork or its DistributedDataParallel.
     """
-    with torch.autocast(views.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
-        loss = training_loss(network(views).float(), targets, len(training.model.spec.classes), settings)
+    n_classes, dtype = len(training.model.spec.classes), training.amp_dtype
+    with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
+        loss = training_loss(network(views).float(), targets, n_classes, settings)
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     training.optimizer.step()
@@ -111,13 +113,15 @@ def predict_logits(model: FaceClassifier, views: Tensor) -> Tensor:
                       for batch in views.split(network_batch(device))])
 
 
-def validate(model: FaceClassifier, views: Tensor, labels: Tensor, process: Process) -> tuple[float, Tensor]:
+def validate(model: FaceClassifier, views: Tensor, labels: Tensor,
+             process: Process) -> tuple[float, Tensor]:
     """Mean cross-entropy and confusion matrix (C, C) int64 over the pictures of all ranks."""
     rank, world_size = process.rank, process.world_size
     if world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    logits, labels_here = predict_logits(model, views[rank::world_size]), labels[rank::world_size].cpu()
+    logits = predict_logits(model, views[rank::world_size])
+    labels_here = labels[rank::world_size].cpu()
     loss_sum = F.cross_entropy(logits, labels_here, reduction="sum").double()
     confusion = confusion_matrix(labels_here, logits.argmax(1), logits.shape[1])
     if world_size > 1:

@@ -49,7 +49,7 @@ def add_hyperparameters(parser: cli.Parser) -> None:
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="default",
                         help="default values of the flags below; refine fine-tunes the weights of "
                              "--init, published is that of EthnicityRecognition-UTKFaces")
-    group = parser.add_argument_group("hyperparameters", "default values: those of --recipe default")
+    group = parser.add_argument_group("hyperparameters", "in brackets: --recipe default")
 
     def add(name: str, kind, text: str, **options) -> None:
         default = getattr(RECIPES["default"], name)
@@ -74,18 +74,18 @@ def add_hyperparameters(parser: cli.Parser) -> None:
         "without a lower validation loss")
     add("val_share", cli.fraction, "hold-out share of a set without a val folder, by person or by "
         "photograph")
-    add("seed", cli.non_negative_int, "of the hold-out, the weights, the order and the augmentation")
+    add("seed", cli.non_negative_int, "of hold-out, weights, order and augmentation")
     group.add_argument("--window", type=window, metavar="X0,Y0,X1,Y1",
                        help="square of the 112 x 112 template that the network sees (16,30,96,110)")
     group.add_argument("--input_sizes", type=input_sizes, metavar="SIZE:SHARE,...,SIZE",
                        help="pixels of the network's input, each up to a share of the epochs "
                             "(72:0.2,88:0.5,104)")
     group.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None,
-                       help="random geometry, colour, blur and erasing, or only shift and flip (on)")
+                       help="random geometry, colour, blur, erasing; off: shift and flip (on)")
 
 
 def choose_settings(recipe: str, values: dict) -> TrainingSettings:
-    """The settings of a recipe, with the values (by field name) that are not None in their place."""
+    """The settings of a recipe; values (by field name) that are not None replace its own."""
     names = {field.name for field in fields(TrainingSettings)}
     return replace(RECIPES[recipe], **{name: value for name, value in values.items()
                                        if name in names and value is not None})

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from models.faces.classifier import FaceClassifier
 
 
-def choose_amp_dtype(model: FaceClassifier, input_size: int, device: torch.device) -> torch.dtype | None:
+def choose_amp_dtype(model: FaceClassifier, input_size: int,
+                     device: torch.device) -> torch.dtype | None:
     """bfloat16 on CUDA, and on a CPU where it is faster in a short trial of the network; or None.
 
     None is float32. A CPU with AMX or AVX512_BF16 trains 1.5 to 2.2 times as fast in bfloat16; one
@@ -47,7 +48,8 @@ class WeightGradientByTaps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         maps, weight = ctx.saved_tensors
-        maps_gradient = torch.nn.grad.conv2d_input(maps.shape, weight, gradient, ctx.stride, ctx.padding)
+        maps_gradient = torch.nn.grad.conv2d_input(maps.shape, weight, gradient, ctx.stride,
+                                                   ctx.padding)
         height, width = gradient.shape[2:]
         (stride_y, stride_x), (top, left) = ctx.stride, ctx.padding
         padded = F.pad(maps, (left, left, top, top)).permute(0, 2, 3, 1)        # (B, h, w, inputs)
@@ -62,13 +64,14 @@ class WeightGradientByTaps(torch.autograd.Function):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution without bias that uses WeightGradientByTaps under bfloat16 autocast on a CPU."""
+    """A convolution without bias that uses WeightGradientByTaps under autocast on a CPU."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):
             return super().forward(maps)
         dtype = torch.get_autocast_dtype("cpu")
-        return WeightGradientByTaps.apply(maps.to(dtype), self.weight.to(dtype), self.stride, self.padding)
+        return WeightGradientByTaps.apply(maps.to(dtype), self.weight.to(dtype), self.stride,
+                                          self.padding)
 
 
 def replace_small_map_convolutions(model: FaceClassifier) -> None:
@@ -92,11 +95,12 @@ class CapturedNetwork(nn.Module):
     def __init__(self, model: FaceClassifier, input_size: int, amp_dtype: torch.dtype | None,
                  batch_size: int):
         super().__init__()
-        gc.collect()                # graphs of an earlier input size are freed only by the collector
+        gc.collect()                # only the collector frees the graphs of an earlier input size
         self.model, self.batch_size = model.train(), batch_size
         buffers = [buffer.clone() for buffer in model.buffers()]
         views = torch.zeros(batch_size, 3, input_size, input_size, device=model.scale.device)
-        autocast = torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None, cache_enabled=False)
+        autocast = torch.autocast("cuda", amp_dtype, enabled=amp_dtype is not None,
+                                  cache_enabled=False)
         with autocast, torch.backends.cudnn.flags(True, benchmark=True):
             # a shallow copy: the graphs use the model's own parameters
             self.captured = torch.cuda.make_graphed_callables(copy.copy(model), (views,))

@@ -22,8 +22,9 @@ def epoch_rows(n: int, epoch: int, seed: int, process: Process) -> Tensor:
     return order[:n // process.world_size * process.world_size][process.rank::process.world_size]
 
 
-def augmented_batches(crops: Crops, rows: Tensor, input_size: int, settings: TrainingSettings,
-                      device: torch.device, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def augmented_batches(
+        crops: Crops, rows: Tensor, input_size: int, settings: TrainingSettings,
+        device: torch.device, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (views (B, 3, S, S) float32, targets (B, T) float32) of the rows, on the device."""
     batch_size = settings.batch_size
     at_once = max(1, AUGMENTED_AT_ONCE[device.type] // batch_size) * batch_size

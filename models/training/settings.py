@@ -9,7 +9,7 @@ class TrainingSettings:
     Each field is a flag of train.py (models/training/flags.py). The default values were chosen on
     validation pictures; visualizations/experiments.csv lists what else was tried.
     """
-    window: tuple[float, float, float, float] = (16, 30, 96, 110)   # (x0, y0, x1, y1) of the template
+    window: tuple[float, float, float, float] = (16, 30, 96, 110)   # square of the template
     # (share of the epochs up to which it is used, pixels); the last one is that of the checkpoint
     input_sizes: tuple[tuple[float, int], ...] = ((0.2, 72), (0.5, 88), (1.0, 104))
     epochs: int = 30
@@ -21,7 +21,7 @@ class TrainingSettings:
     label_smoothing: float = 0.05
     mixup: float = 0.3              # share of the batches that are mixed, with Beta(0.4, 0.4)
     ema_decay: float = 0.998        # per step; 0 validates and saves the weights without averaging
-    aux_weight: float = 0.2         # loss weight of the auxiliary heads (age, gender); 0: no such heads
+    aux_weight: float = 0.2         # loss weight of the auxiliary heads; 0: no such heads
     augment: bool = True            # geometry, colour, blur, erasing; False: random shift and flip
     choose: str = "best"            # the 'best' epoch on validation, or the 'last' one
     patience: int = 20              # early stopping: epochs without a lower validation loss

@@ -87,10 +87,11 @@ def initialise(model: FaceClassifier, init: str) -> None:
         has_same_classes = start.spec.classes == model.spec.classes
         pretrained = {key: value for key, value in start.weights.items()
                       if has_same_classes or not key.startswith("fc.")}
+    own = model.backbone.state_dict()
     # torchvision's file has no batch counters, and a head of a thousand classes
-    model.backbone.load_state_dict({
-        key: pretrained[key] if key in pretrained and pretrained[key].shape == value.shape else value
-        for key, value in model.backbone.state_dict().items()})
+    usable = {key: value for key, value in pretrained.items()
+              if key in own and value.shape == own[key].shape}
+    model.backbone.load_state_dict(own | usable)
 
 
 def imagenet_weights() -> dict[str, torch.Tensor]:
