@@ -94,9 +94,9 @@ def parse_args(argv: list[str] | None = None):
     """The flags; mistakes that can be found before anything slow starts end the program."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--data", nargs="+", default=["data/utk_races"],
-        help="folders or CSV lists (image, class); several are combined (%(default)s)")
-    add("--class_map", type=cli.class_map, default={}, metavar="FROM=TO,...", help="rename classes")
+    cli.add_data(parser, "folders or CSV lists (image, class); several are combined",
+                 ["data/utk_races"], "+")
+    cli.add_class_map(parser)
     add("--out", type=Path, default=Path("checkpoints/resnet18.pt"), metavar="FILE.pt",
         help="the checkpoint (%(default)s)")
     add("--output_dir", "--vis_dir", type=Path, help="folder of the loss curves (that of --out)")
@@ -107,10 +107,9 @@ def parse_args(argv: list[str] | None = None):
              "by facesets/second_opinion.py (.csv)")
     add_hyperparameters(parser)
     add("--resume", action="store_true", help="continue after the last saved epoch")
-    add("--overwrite", action="store_true", help="replace the checkpoint of an earlier run")
+    cli.add_overwrite(parser, "replace the checkpoint of an earlier run")
     cli.add_device(parser)
-    add("--num_workers", "--workers", type=cli.non_negative_int, default=cli.worker_count(),
-        help="decoding processes (%(default)s)")
+    cli.add_num_workers(parser, default=cli.worker_count())
     return parser, parser.parse_args(argv)
 
 
@@ -163,7 +162,7 @@ def warn_of_leakage(teachers: list[tuple], init: str, train_files: dict[str, str
         digests = network.metadata.get("train_files")
         if digests and not set(train_files.values()) <= set(digests.values()):
             print(f"warning: {flag} {path} was trained on another selection of pictures; if it is "
-                  "of the same sets, it may have seen validation pictures: their accuracy is too high")
+                  "of the same sets, it may have seen validation pictures and val accuracy is high")
 
 
 def load_data(run: Run, train_sets: list[FaceSet], val_sets: list[FaceSet], teachers: list[tuple],

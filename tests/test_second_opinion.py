@@ -11,12 +11,14 @@ from PIL import Image
 
 import train
 from facesets import second_opinion
+from models.data.splits import read_training_sets
+from models.training.distillation import read_soft_targets
 
 CLASSES = ("White", "Black", "Asian", "Indian")
 HAS_DLIB = all(importlib.util.find_spec(name) for name in ("dlib", "face_recognition_models"))
 
 
-class DrawnDescriber:
+class DrawnEmbedder:
     """Stands in for dlib's network: means of a chip's quarters, which tell the drawn classes apart."""
 
     def compute_face_descriptor(self, chips: list, jitters: int) -> np.ndarray:
@@ -26,8 +28,8 @@ class DrawnDescriber:
 
 
 @pytest.fixture
-def drawn_describer(monkeypatch):
-    monkeypatch.setattr(second_opinion, "load_describer", lambda parser: DrawnDescriber())
+def drawn_embedder(monkeypatch):
+    monkeypatch.setattr(second_opinion, "load_embedder", lambda parser: DrawnEmbedder())
 
 
 @pytest.fixture
@@ -59,36 +61,34 @@ def test_a_wrong_label_is_contradicted(pictures):
     numbers = persons[groups] + 0.1 * rng.normal(size=(len(groups), 128))
     wrong = groups % 10 == 0
     labels = np.where(wrong, (truth + 1) % 4, truth)
-    probs = second_opinion.unseen_probabilities(numbers, labels, groups, 4, 2023)
+    probs = second_opinion.out_of_fold_probabilities(numbers, labels, groups, 4, 2023)
     assert probs.shape == (len(groups), 4) and np.allclose(probs.sum(1), 1)
     assert (probs.argmax(1) == truth)[~wrong].mean() > 0.9
     assert (probs.argmax(1) == labels)[wrong].mean() < 0.2
-    assert np.array_equal(probs, second_opinion.unseen_probabilities(numbers, labels, groups, 4, 2023))
+    assert np.array_equal(probs, second_opinion.out_of_fold_probabilities(numbers, labels, groups, 4, 2023))
 
 
 def test_a_class_that_a_set_has_not_gets_nothing():
     rng, labels = np.random.default_rng(0), np.repeat([0, 2], 30)
     numbers = rng.normal(size=(60, 128)) + 2 * (labels == 2)[:, None]
-    probs = second_opinion.unseen_probabilities(numbers, labels, np.arange(60), 4, 0)
+    probs = second_opinion.out_of_fold_probabilities(numbers, labels, np.arange(60), 4, 0)
     assert (probs[:, [1, 3]] == 0).all() and (probs.argmax(1) == labels).mean() > 0.9
 
 
-def test_the_table_teaches(mixed_set, tmp_path, drawn_describer, capsys):
+def test_the_table_teaches(mixed_set, tmp_path, drawn_embedder, capsys):
     """One picture is broken: nothing that is validated on is in the table, and train.py learns from it."""
     (mixed_set / "0" / "0.png").write_bytes(b"broken")
     out, flags = tmp_path / "out" / "said.csv", ["--data", str(mixed_set), "--val_share", "0.2"]
     second_opinion.main([*flags, "--out", str(out), "--workers", "0"])
     assert "1 unreadable" in capsys.readouterr().out
     rows = read_table(out)
-    args = train.parse_args([*flags, "--workers", "0"])
-    args.rank = 0
-    (faces,), (held,) = train.read_training_sets(args)
-    said = train.read_opinions(str(out), faces.classes)
-    assert len(rows) == len(faces) and not set(held.paths()) & set(said)
+    (faces,), (held,) = read_training_sets([str(mixed_set)], {}, 0.2, seed=2023, num_workers=0)
+    table = read_soft_targets(str(out), faces.classes)
+    assert len(rows) == len(faces) and not set(held.paths()) & set(table)
     broken = [row for row in rows if row["error"]]
     assert [Path(row["image"]).name for row in broken] == ["0.png"] and "unreadable" in broken[0]["error"]
-    probs = torch.tensor([said[path] for path in faces.paths() if said[path]])
-    labels = torch.tensor([label for path, label in zip(faces.paths(), faces.labels, strict=True) if said[path]])
+    probs = torch.tensor([table[path] for path in faces.paths() if table[path]])
+    labels = torch.tensor([label for path, label in zip(faces.paths(), faces.labels, strict=True) if table[path]])
     assert (probs.argmax(1) == labels).float().mean() > 0.9
     common = ["--teacher", str(out), "--epochs", "1", "--vis_dir", str(tmp_path), "--workers", "0"]
     train.main([*flags, "--out", str(tmp_path / "pupil.pt"), *common])
@@ -99,7 +99,7 @@ def test_the_table_teaches(mixed_set, tmp_path, drawn_describer, capsys):
     assert stop.value.code == 2 and f"--teacher {out}: it" in error
 
 
-def test_mistakes_are_one_line(mixed_set, tmp_path, drawn_describer, capsys):
+def test_mistakes_are_one_line(mixed_set, tmp_path, drawn_embedder, capsys):
     for picture in sorted((mixed_set / "2").iterdir())[5:]:
         picture.unlink()
     (tmp_path / "list.csv").write_text("image,class\n")

@@ -21,17 +21,31 @@ from models.data.faceset import read_faceset
 from models.faces.align import TEMPLATE, crop_views
 from models.faces.checkpoint import Checkpoint, load_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
+from models.training import (
+    augmentation,
+    auxiliary,
+    crops,
+    distillation,
+    epochs,
+    kernels,
+    sampling,
+    state,
+)
+from models.training.crops import Crops
+from models.training.process import Process
+from models.training.settings import RECIPES, TrainingSettings
 
 WINDOW = (14, 24, 98, 108)
-SMALL = train.Recipe(WINDOW, ((0.5, 32), (1.0, 40)), "cosine", 1, 0.05, 0.05, 0.3, 0.9, 0.2, True, "best")
+SMALL = TrainingSettings(window=WINDOW, input_sizes=((0.5, 32), (1.0, 40)), warmup_epochs=1, ema_decay=0.9)
+CPU = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture
 def small_recipe(monkeypatch):
     """The default recipe at sizes a test can afford, in float32, whose sums do not depend on a quick check."""
-    monkeypatch.setitem(train.RECIPES, "default", SMALL)
-    monkeypatch.setattr(train, "fastest_format", lambda *_: None)
-    monkeypatch.setattr(train, "RESUME_EVERY", 0)
+    monkeypatch.setitem(RECIPES, "default", SMALL)
+    monkeypatch.setattr(state, "choose_amp_dtype", lambda *_: None)
+    monkeypatch.setattr(train, "RESUME_INTERVAL", 0)
 
 
 def write_manifest(root) -> None:
@@ -53,29 +67,29 @@ def weights(path) -> dict:
 
 def test_plain_views_are_the_window_up_to_shift_and_flip():
     crops = torch.full((3, 3, 112, 112), 90, dtype=torch.uint8)
-    views = train.random_views(crops, WINDOW, 48, True, torch.Generator().manual_seed(0))
+    views = augmentation.random_views(crops, WINDOW, 48, True, torch.Generator().manual_seed(0))
     assert views.shape == (3, 3, 48, 48) and views.min() >= 0 and views.max() <= 255
-    plain = train.random_views(crops, WINDOW, 48, False, torch.Generator().manual_seed(0))
+    plain = augmentation.random_views(crops, WINDOW, 48, False, torch.Generator().manual_seed(0))
     assert torch.allclose(plain, torch.full_like(plain, 90.0))
 
 
 def test_each_picture_gets_its_own_draw_and_a_seed_repeats_it():
     crops = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8).expand(4, -1, -1, -1)
-    first, again = (train.random_views(crops, WINDOW, 48, True, torch.Generator().manual_seed(5)) for _ in range(2))
+    first, again = (augmentation.random_views(crops, WINDOW, 48, True, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first, again)
     assert (first[0] - first[1]).abs().mean() > 5
 
 
 def test_more_pictures_than_are_warped_at_a_time_keep_their_order():
-    crops = torch.arange(2 * train.WARPED + 3, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 112, 112)
-    views = train.random_views(crops, WINDOW, 8, False, torch.Generator().manual_seed(0))
+    crops = torch.arange(2 * augmentation.CPU_CHUNK + 3, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 112, 112)
+    views = augmentation.random_views(crops, WINDOW, 8, False, torch.Generator().manual_seed(0))
     assert torch.allclose(views, crops[:, :, :8, :8].float())
 
 
 def test_a_quarter_of_the_pictures_lose_a_rectangle_of_one_colour():
     generator = torch.Generator().manual_seed(0)
     black = torch.zeros(400, 3, 40, 40)
-    erased = train.random_erase(black.clone(), generator)
+    erased = augmentation.random_erase(black.clone(), generator)
     holes = (erased.amax((1, 2, 3)) > 0).nonzero()[:, 0]
     assert 70 < len(holes) < 130
     for view in erased[holes[:20]]:
@@ -84,28 +98,28 @@ def test_a_quarter_of_the_pictures_lose_a_rectangle_of_one_colour():
         assert hole.sum() == height * width and 3 <= height <= 21 and 3 <= width <= 21
         assert len(view[:, hole].unique(dim=1).T) == 1
     for _ in range(10):                                             # of one picture, none is chosen most of the time
-        assert train.random_erase(black[:1].clone(), generator).shape == (1, 3, 40, 40)
+        assert augmentation.random_erase(black[:1].clone(), generator).shape == (1, 3, 40, 40)
 
 
 def test_a_warp_without_change_is_crop_views(monkeypatch):
-    monkeypatch.setattr(train, "uniform", lambda n, *_: torch.zeros(n))
+    monkeypatch.setattr(augmentation, "uniform", lambda n, *_: torch.zeros(n))
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))          # no flip
     crops = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
-    views = train.random_views(crops, WINDOW, 84, False, torch.Generator())
+    views = augmentation.random_views(crops, WINDOW, 84, False, torch.Generator())
     assert (views.round() - crop_views(crops, WINDOW, 84).float()).abs().max() <= 1
 
 
 def test_learning_rate_warms_up_and_ends_at_nothing():
-    rates = [train.learning_rate(step, 10, 5, SMALL, 0.001) for step in range(50)]
+    rates = [epochs.learning_rate(step, 10, replace(SMALL, epochs=5)) for step in range(50)]
     assert rates[0] == pytest.approx(0.0001, rel=1e-3) and max(rates) <= 0.001 and rates[-1] < 0.00001
-    published = train.RECIPES["published"]
-    assert train.learning_rate(19 * 10, 10, 30, published, 0.001) == 0.001
-    assert train.learning_rate(20 * 10, 10, 30, published, 0.001) == pytest.approx(0.0001)
+    published = RECIPES["published"]
+    assert epochs.learning_rate(19 * 10, 10, published) == 0.001
+    assert epochs.learning_rate(20 * 10, 10, published) == pytest.approx(0.0001)
 
 
 def test_mix_up_keeps_the_sum_of_targets():
     views, targets = torch.rand(4, 3, 8, 8), torch.eye(4)
-    mixed, mixed_targets = train.mix_up(views, targets, 0.7)
+    mixed, mixed_targets = augmentation.mix_up(views, targets, 0.7)
     assert torch.allclose(mixed[1], 0.7 * views[1] + 0.3 * views[0])
     assert torch.allclose(mixed_targets.sum(1), torch.ones(4))
 
@@ -116,7 +130,7 @@ def test_the_gradient_by_taps_is_that_of_the_convolution(kernel, stride, padding
     maps = torch.randn(5, 8, 7, 6, generator=generator, requires_grad=True)
     weight = torch.randn(12, 8, kernel, kernel, generator=generator, requires_grad=True)
     geometry = (stride, stride), (padding, padding)
-    plain, ours = torch.nn.functional.conv2d(maps, weight, None, *geometry), train.WeightGradientByTaps.apply(
+    plain, ours = torch.nn.functional.conv2d(maps, weight, None, *geometry), kernels.WeightGradientByTaps.apply(
         maps, weight, *geometry)
     assert torch.equal(plain, ours)
     towards = torch.randn(plain.shape, generator=generator)
@@ -128,24 +142,24 @@ def test_the_gradient_by_taps_is_that_of_the_convolution(kernel, stride, padding
 def test_age_and_gender_come_from_the_manifest_and_the_unknown_is_zeros(drawn_set):
     write_manifest(drawn_set)
     faces = read_faceset(drawn_set, "train")
-    ages, genders = train.side_targets(faces).split((9, 2), 1)
+    ages, genders = auxiliary.aux_targets(faces).split((9, 2), 1)
     assert ages[:10].sum(1).tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
     assert ages[:10].argmax(1).tolist() == [0, 0, 1, 8, 8, 0, 4, 4, 3, 1] and len(ages) == 40
     assert genders[:4].argmax(1).tolist() == [0, 1, 0, 1] and genders[5:7].sum() == 0
     (drawn_set / "manifest.csv").unlink()
-    assert not train.side_targets(faces).any()
+    assert not auxiliary.aux_targets(faces).any()
 
 
 def test_what_is_unknown_moves_nothing_and_the_classes_count_once():
     outputs, recipe = torch.randn(6, 15, generator=torch.Generator().manual_seed(0)).requires_grad_(), SMALL
     targets = torch.cat([torch.eye(4)[[0, 1, 2, 3, 0, 1]], torch.zeros(6, 11)], 1)
     alone = torch.nn.functional.cross_entropy(outputs[:, :4], targets[:, :4], label_smoothing=recipe.label_smoothing)
-    loss = train.training_loss(outputs, targets, 4, recipe)
+    loss = epochs.training_loss(outputs, targets, 4, recipe)
     assert torch.allclose(loss, alone)
     assert not torch.autograd.grad(loss, outputs)[0][:, 4:].any()
     targets[2, 4 + 3] = 1                                               # the age band of one picture
-    assert torch.allclose(train.training_loss(outputs[:, :4], targets[:, :4], 4, replace(recipe, side=0.0)), alone)
-    more = train.training_loss(outputs, targets, 4, recipe)
+    assert torch.allclose(epochs.training_loss(outputs[:, :4], targets[:, :4], 4, replace(recipe, aux_weight=0.0)), alone)
+    more = epochs.training_loss(outputs, targets, 4, recipe)
     smooth = 0.95 * targets[2, 4:13] + 0.05 / 9
     assert torch.allclose(more - loss, -0.2 * (smooth * outputs[2, 4:13].log_softmax(0)).sum() / 6, atol=1e-6)
 
@@ -154,9 +168,9 @@ def test_the_wide_head_keeps_the_classes_and_is_not_saved(drawn_set, tmp_path, s
     model = FaceClassifier(FaceSpec(("a", "b", "c", "d"), TEMPLATE, WINDOW, 40))
     views, before = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8), model.eval().backbone.fc.weight.clone()
     said = model(views)
-    train.widen_head(model)
+    auxiliary.add_aux_heads(model)
     assert torch.allclose(model(views)[:, :4], said, atol=1e-6) and model(views).shape == (2, 15)
-    assert torch.equal(train.class_weights(model)["fc.weight"], before)
+    assert torch.equal(auxiliary.class_weights(model)["fc.weight"], before)
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
     assert weights(tmp_path / "a.pt")["fc.weight"].shape == (4, 512)
 
@@ -164,9 +178,9 @@ def test_the_wide_head_keeps_the_classes_and_is_not_saved(drawn_set, tmp_path, s
 def test_average_follows_the_weights():
     average, model = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2)
     torch.nn.init.constant_(model.weight, 3.0)
-    train.update_average(average, model, 0.9, step=10_001)
+    state.update_ema(average, model, 0.9, step=10_001)
     assert torch.equal(average.weight, torch.ones(2))                   # its turn comes in every fourth step
-    train.update_average(average, model, 0.9, step=10_000)
+    state.update_ema(average, model, 0.9, step=10_000)
     assert torch.allclose(average.weight, torch.full((2,), 3 - 2 * 0.9 ** 4))
 
 
@@ -215,12 +229,11 @@ def repeated_set(tmp_path):
 
 def test_what_cannot_be_read_and_what_shows_no_face_is_told(repeated_set, capsys):
     faces = read_faceset(repeated_set)
-    args = SimpleNamespace(device=torch.device("cpu"), workers=0, rank=0, data=["the set"])
-    loaded = train.load_crops([faces], 40, args, "train")
+    loaded = crops.load_crops([faces], ["train the set"], 40, CPU, num_workers=0)
     said = capsys.readouterr().out
     assert said.count("left out: ") == 2 and "left out: Black/broken.png: unreadable" in said
-    assert f"train the set: no face was found in {len(faces) - 2} of {len(faces)} pictures" in said
-    assert len(loaded.crops) == len(loaded.paths) == len(faces) - 2 and all(crop.any() for crop in loaded.crops)
+    assert f"train the set: no face detected in {len(faces) - 2} of {len(faces)} pictures" in said
+    assert len(loaded.pixels) == len(loaded.paths) == len(faces) - 2 and all(crop.any() for crop in loaded.pixels)
 
 
 def test_equal_pictures_are_on_one_side(repeated_set):
@@ -246,16 +259,16 @@ def test_other_ranks_take_the_split_of_the_first(repeated_set, monkeypatch):
 
 def batches_of(n: int, rank: int) -> list:
     """The batches of 5 of a rank of two, of n pictures whose colour is their label."""
-    crops = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    data = train.Crops(crops, torch.arange(n), torch.eye(n), [""] * n)
-    args = train.parse_args(["--batch_size", "5"])
-    args.rank, args.world_size, args.device = rank, 2, torch.device("cpu")
-    return list(train.train_batches(data, 3, train.RECIPES["published"], 4, torch.Generator(), args))
+    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    data = Crops(pixels, torch.arange(n), torch.eye(n), [""] * n)
+    settings = replace(RECIPES["published"], batch_size=5)
+    rows = sampling.epoch_rows(n, 3, settings.seed, Process(rank, 2, CPU.device))
+    return list(sampling.augmented_batches(data, rows, 4, settings, CPU.device, torch.Generator()))
 
 
 @pytest.mark.parametrize("viewed", [1, 10])
 def test_every_picture_once_an_epoch_over_two_ranks(viewed, monkeypatch):
-    monkeypatch.setitem(train.VIEWED, "cpu", viewed)                    # a batch of 5 at a time, or two as on a GPU
+    monkeypatch.setitem(sampling.AUGMENTED_AT_ONCE, "cpu", viewed)                    # a batch of 5 at a time, or two as on a GPU
     seen = []
     for rank in range(2):
         batches = batches_of(20, rank)
@@ -276,11 +289,11 @@ def test_a_last_picture_alone_is_no_batch():
 @pytest.mark.parametrize("every", [0, math.inf])
 def test_resume_gives_the_run_that_never_stopped(every, drawn_set, tmp_path, small_recipe, monkeypatch):
     """From the epoch in which it was killed, or from the first, the only one saved where epochs are short."""
-    monkeypatch.setattr(train, "RESUME_EVERY", every)
+    monkeypatch.setattr(train, "RESUME_INTERVAL", every)
     write_manifest(drawn_set)
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "4", "--vis_dir", str(tmp_path))
     straight = (tmp_path / "a.log.jsonl").read_text().splitlines()
-    assert (tmp_path / "validation_loss.png").stat().st_size > 5000
+    assert (tmp_path / "a_validation_loss.png").stat().st_size > 5000
 
     real = train.finish_epoch
 
@@ -293,11 +306,11 @@ def test_resume_gives_the_run_that_never_stopped(every, drawn_set, tmp_path, sma
     with pytest.raises(KeyboardInterrupt):
         run(*common)
     monkeypatch.setattr(train, "finish_epoch", real)
-    monkeypatch.setitem(train.RECIPES, "default", replace(SMALL, side=0.0))
+    monkeypatch.setitem(RECIPES, "default", replace(SMALL, aux_weight=0.0))
     with pytest.raises(SystemExit) as refused:                          # an older train.py's default
         run(*common, "--resume")
     assert refused.value.code == 2
-    monkeypatch.setitem(train.RECIPES, "default", SMALL)
+    monkeypatch.setitem(RECIPES, "default", SMALL)
     run(*common, "--resume")
     for key, value in weights(tmp_path / "a.pt").items():
         assert torch.equal(value, weights(tmp_path / "b.pt")[key]), key
@@ -318,7 +331,7 @@ def test_capturing_a_network_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     model = FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 40))
     before = copy.deepcopy(model.state_dict())
-    network = train.CapturedNetwork(model, 40, torch.bfloat16, 6)
+    network = kernels.CapturedNetwork(model, 40, torch.bfloat16, 6)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     views = torch.rand(6, 3, 40, 40) * 255
     for n in (6, 4):                                                    # a short batch is none of the captured ones
@@ -342,7 +355,7 @@ def test_it_learns_and_the_checkpoint_says_everything(drawn_set, tmp_path, small
 def test_initialising_from_a_checkpoint(drawn_set, tmp_path, small_recipe):
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
     model = FaceClassifier(load_checkpoint(tmp_path / "a.pt").spec)
-    train.initialise(model, str(tmp_path / "a.pt"))
+    state.initialise(model, str(tmp_path / "a.pt"))
     assert torch.equal(model.backbone.fc.weight, weights(tmp_path / "a.pt")["fc.weight"])
 
 
@@ -350,7 +363,7 @@ def test_a_head_of_other_classes_is_not_taken_over(drawn_set, tmp_path, small_re
     run("--data", str(drawn_set), "--out", str(tmp_path / "a.pt"), "--epochs", "1", "--vis_dir", str(tmp_path))
     start = load_checkpoint(tmp_path / "a.pt")
     model = FaceClassifier(replace(start.spec, classes=start.spec.classes[::-1]))
-    train.initialise(model, str(tmp_path / "a.pt"))
+    state.initialise(model, str(tmp_path / "a.pt"))
     assert torch.equal(model.backbone.conv1.weight, start.weights["conv1.weight"])
     assert not torch.equal(model.backbone.fc.weight, start.weights["fc.weight"])
 
@@ -361,7 +374,7 @@ def test_initialising_from_imagenet_takes_all_but_the_head(monkeypatch):
     monkeypatch.setattr(type(ResNet18_Weights.IMAGENET1K_V1), "get_state_dict", lambda *args, **kwargs: file)
     model = FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 40))
     head = model.backbone.fc.weight.clone()
-    train.initialise(model, "imagenet")
+    state.initialise(model, "imagenet")
     assert torch.equal(model.backbone.layer4[1].bn2.running_var, file["layer4.1.bn2.running_var"])
     assert torch.equal(model.backbone.conv1.weight, file["conv1.weight"])
     assert torch.equal(model.backbone.fc.weight, head)
@@ -382,20 +395,18 @@ def test_teachers_make_up_a_share_of_the_targets(drawn_set, tmp_path, small_reci
     common = ["--data", str(drawn_set), "--vis_dir", str(tmp_path)]
     run(*common, "--out", str(tmp_path / "teacher.pt"), "--epochs", "6", "--batch_size", "16")
     seen, real = [], train.run_epochs
-    monkeypatch.setattr(train, "run_epochs", lambda training, recipe, crops, *rest: (
-        seen.append(crops), real(training, recipe, crops, *rest)))
+    monkeypatch.setattr(train, "run_epochs", lambda run, training, crops, val: (
+        seen.append(crops), real(run, training, crops, val)))
     faces = read_faceset(drawn_set, "train")
     table = write_opinions(drawn_set / "said.csv", faces.files)                     # relative to the table
     run(*common, "--out", str(tmp_path / "pupil.pt"), "--epochs", "2", "--teacher", str(tmp_path / "teacher.pt"),
         str(drawn_set / "said.csv"))
-    args = train.parse_args(["--data", str(drawn_set)])
-    args.device, args.rank = torch.device("cpu"), 0
     one_hot = torch.nn.functional.one_hot(seen[0].labels, 4).float()
-    said = train.teach(load_checkpoint(tmp_path / "teacher.pt"), seen[0].crops, args)
+    said = distillation.teacher_probabilities(load_checkpoint(tmp_path / "teacher.pt"), seen[0].pixels, CPU)
     both = (said * table).sqrt()
     both = both / both.sum(1, keepdim=True)
-    assert torch.allclose(seen[0].targets[:, :4], one_hot.lerp(both, train.TEACHER_SHARE), atol=1e-5)
-    assert torch.equal(seen[0].targets[:, 4:], train.side_targets(faces))
+    assert torch.allclose(seen[0].targets[:, :4], one_hot.lerp(both, SMALL.teacher_share), atol=1e-5)
+    assert torch.equal(seen[0].targets[:, 4:], auxiliary.aux_targets(faces))
     assert (said - one_hot).abs().max() > 0.01
 
 
@@ -406,7 +417,7 @@ def test_a_network_that_saw_other_pictures_of_the_set_is_warned_of(drawn_set, tm
     assert "warning" not in capsys.readouterr().out
     (drawn_set / "train" / "0" / "0_0.png").rename(drawn_set / "val" / "0" / "0_0_moved.png")
     run(*common, "--out", str(tmp_path / "other.pt"), "--init", str(tmp_path / "first.pt"))
-    assert f"warning: --init {tmp_path / 'first.pt'} was trained on another choice" in capsys.readouterr().out
+    assert f"warning: --init {tmp_path / 'first.pt'} was trained on another selection" in capsys.readouterr().out
 
 
 def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
@@ -415,23 +426,21 @@ def test_a_teacher_sees_its_own_window_and_template(monkeypatch):
     torch.manual_seed(0)
     teacher = Checkpoint(spec, FaceClassifier(spec).backbone.state_dict())
     shown = []
-    monkeypatch.setattr(train, "Predictor", lambda *_: SimpleNamespace(
+    monkeypatch.setattr(distillation, "Predictor", lambda *_: SimpleNamespace(
         probs=lambda views, flip: shown.append(views) or torch.full((len(views), 2), 0.5)))
-    args = train.parse_args([])
-    args.device, args.rank = torch.device("cpu"), 0
-    crops = torch.stack([torch.from_numpy(np.array(draw_crop(k, k))).permute(2, 0, 1) for k in range(4)])
-    train.teach(teacher, crops, args)
-    assert torch.equal(shown[0], crop_views(crops, WINDOW, 40, spec.template))
-    assert not torch.equal(shown[0], crop_views(crops, WINDOW, 40))
+    pixels = torch.stack([torch.from_numpy(np.array(draw_crop(k, k))).permute(2, 0, 1) for k in range(4)])
+    distillation.teacher_probabilities(teacher, pixels, CPU)
+    assert torch.equal(shown[0], crop_views(pixels, WINDOW, 40, spec.template))
+    assert not torch.equal(shown[0], crop_views(pixels, WINDOW, 40))
 
 
 def test_small_maps_in_bfloat16_give_the_same_gradients():
     torch.manual_seed(0)
     plain = FaceClassifier(FaceSpec(("a", "b"), TEMPLATE, WINDOW, 48)).to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
-    train.speed_up_small_maps(fast)
+    kernels.replace_small_map_convolutions(fast)
     assert fast.state_dict().keys() == plain.state_dict().keys()
-    assert sum(isinstance(module, train.SmallMapConv2d) for module in fast.modules()) == 5
+    assert sum(isinstance(module, kernels.SmallMapConv2d) for module in fast.modules()) == 5
     views = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
     for model in (plain, fast):
         with torch.autocast("cpu", torch.bfloat16):
@@ -449,14 +458,14 @@ def test_a_teacher_of_other_classes_is_an_error(drawn_set, tmp_path, small_recip
         run("--data", str(drawn_set), "--class_map", "White=Pale", "--out", str(tmp_path / "b.pt"), "--teacher",
             str(tmp_path / "a.pt"))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "it knows White, Black, Asian, Indian; --data has Pale" in error
+    assert stop.value.code == 2 and "its classes are White, Black, Asian, Indian; --data has Pale" in error
 
 
 @pytest.mark.parametrize("content, error", [
     (None, "No such file"), ("image,label\n", "it has no column p_Asian"),
     ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0\n", "it cannot be read"),
     ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,nan,0,0,1\n", "line 2 has no image, or its prob"),
-    ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0,0\n", "it says nothing of"),
+    ("image,p_White,p_Black,p_Asian,p_Indian\nx.png,1,0,0,0\n", "it has no row for"),
 ])
 def test_a_table_that_cannot_teach_is_one_line(drawn_set, tmp_path, small_recipe, capsys, content, error):
     table = tmp_path / "said.csv"
