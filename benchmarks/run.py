@@ -51,7 +51,6 @@ from PIL import Image
 from torch import Tensor
 
 import infer
-import train
 import utk_dataset_builder as builder
 from benchmarks import baseline
 from models.data.batches import PhotoBatch, collate_photos, group_sizes, join_batches, load_photos
@@ -69,6 +68,12 @@ from models.faces.predictions import read_predictions
 from models.running import cli
 from models.running.ranks import init_distributed
 from models.running.threads import OrderedThreadPool
+from models.training.crops import Crops, crop_resolution, load_crops
+from models.training.epochs import take_step, train_one_epoch
+from models.training.kernels import accelerate
+from models.training.process import Process
+from models.training.settings import TrainingSettings
+from models.training.state import start_training
 
 FACE_SIZES = (20, 40)           # smallest face, pixels
 BATCH = 64                      # of training
@@ -502,38 +507,37 @@ def bench_photos(bench: Bench) -> Result:
 
 # ---------------------------------------------------------------------------------------------------------------- epoch
 def bench_epoch(bench: Bench) -> Result:
-    """Steps of an epoch on the crops that the builder writes, at the last and largest input side of the recipe."""
+    """Training steps on the builder's crops, at the last and largest input size of the default recipe."""
     result, sizes = Result(), bench.sizes
     whole = sizes.steps is None or (bench.device.type == "cuda" and not bench.quick)
     n = EPOCH_CROPS if whole else sizes.steps * BATCH
-    recipe, args = train.RECIPES["default"], train.parse_args(["--batch_size", str(BATCH), "--device",
-                                                               str(bench.device)])
-    args.rank, args.world_size, args.device = init_distributed(args.device)
+    settings, process = TrainingSettings(batch_size=BATCH), Process(*init_distributed(bench.device))
     paths = bench.crops(n, RESOLUTION)
     labels = torch.tensor([int(Path(path).name.split("_")[2]) for path in paths])
     faces = FaceSet(Path(), paths, labels, builder.CLASSES, is_aligned=True)
-    side = recipe.sizes[-1][1]
+    size = settings.input_size
     with redirect_stderr(io.StringIO()):
-        data = train.load_crops([faces], train.working_resolution(recipe.window, side), args, "train",
-                                side=recipe.side > 0).to(bench.device)
-    spec = FaceSpec(builder.CLASSES, TEMPLATE, recipe.window, side)
-    training, alone = train.start_training(spec, recipe, args), train.start_training(spec, recipe, args)
-    alone.amp_dtype = training.amp_dtype
-    network, bare = (train.quickest_network(its, side, args) for its in (training, alone))
-    plain = baseline.PlainTraining(len(builder.CLASSES), side, BATCH, bench.device)
-    views = torch.rand(BATCH, 3, side, side, device=bench.device).mul_(255)
+        data = load_crops([faces], ["train"], crop_resolution(settings.window, size), process,
+                          cli.worker_count(), has_aux=True).to(bench.device)
+    spec = FaceSpec(builder.CLASSES, TEMPLATE, settings.window, size)
+    training, reference = (start_training(spec, settings, "random", bench.device) for _ in range(2))
+    reference.amp_dtype = training.amp_dtype
+    network, reference_network = (accelerate(state.model, size, training.amp_dtype, BATCH)
+                                  for state in (training, reference))
+    plain = baseline.PlainTraining(len(builder.CLASSES), size, BATCH, bench.device)
+    views = torch.rand(BATCH, 3, size, size, device=bench.device).mul_(255)
     views = views.contiguous(memory_format=torch.channels_last)
 
     def steps_of(rows):
         with redirect_stderr(io.StringIO()):                            # a progress bar
             n = len(rows)
-            some = train.Crops(data.crops[:n], data.labels[:n], data.targets[:n], data.paths[:n])
-            train.train_one_epoch(training, network, some, recipe, side, args)
+            crops = Crops(data.pixels[:n], data.labels[:n], data.targets[:n], data.paths[:n])
+            train_one_epoch(training, network, crops, size, settings, process)
 
     ours, ceiling, other = result.figures = take_turns(f"training, batch {BATCH}", {
         "ours, crops in memory to steps": (steps_of, paths),
         "forward, backward, step on ready tensors": (
-            lambda rows: [train.take_step(alone, bare, views, data.targets[:BATCH], recipe)
+            lambda rows: [take_step(reference, reference_network, views, data.targets[:BATCH], settings)
                           for _ in range(0, len(rows), BATCH)], paths),
         "plain loop, files decoded anew": (
             lambda rows: plain.epoch(rows, labels[:len(rows)]), paths[:sizes.plain_steps * BATCH])},
@@ -543,7 +547,7 @@ def bench_epoch(bench: Bench) -> Result:
     if bench.device.type == "cuda":
         result.bars.append(Bar("training: seconds of 30 epochs, all at the largest side", 30 * EPOCH_CROPS / ours.rate,
                                most=20))
-    result.notes.append(f"{len(paths) / BATCH:.0f} batches of {BATCH} at {side} px in "
+    result.notes.append(f"{len(paths) / BATCH:.0f} batches of {BATCH} at {size} px in "
                         f"{training.amp_dtype or torch.float32}, the plain loop {sizes.plain_steps} in float32; an "
                         f"epoch on {EPOCH_CROPS:,} crops at this rate: {EPOCH_CROPS / ours.rate:.0f} s, plain "
                         f"{EPOCH_CROPS / other.rate:.0f} s. Crops are decoded once, before the first epoch")

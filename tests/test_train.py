@@ -1,11 +1,13 @@
 """train.py: the laws of its steps, and small runs of the command."""
 import copy
+import csv
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +34,7 @@ from models.training import (
     state,
 )
 from models.training.crops import Crops
+from models.training.flags import choose_settings
 from models.training.process import Process
 from models.training.settings import RECIPES, TrainingSettings
 
@@ -514,6 +517,38 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
     assert "folder Martian matches no class" in capsys.readouterr().err
 
 
+def test_every_hyperparameter_is_a_flag_and_a_recipe_is_its_default():
+    """Each field of the settings can be set alone; the others keep the recipe's values."""
+    values = {"window": "20,30,100,110", "input_sizes": "48:0.4,64", "schedule": "step", "choose": "last"}
+    for recipe, defaults in RECIPES.items():
+        for name, value in asdict(defaults).items():
+            flags = [f"--{name}", values.get(name, "1")]
+            if name == "augment":
+                flags = ["--no-augment" if value else "--augment"]
+            _, args = train.parse_args(["--recipe", recipe, *flags])
+            settings = choose_settings(args.recipe, vars(args))
+            assert replace(settings, **{name: value}) == defaults
+            assert getattr(settings, name) == getattr(args, name) is not None
+    assert settings.input_sizes == ((1.0, 104),)
+
+
+def test_input_sizes_of_the_epochs():
+    _, args = train.parse_args(["--input_sizes", "72:0.2,88:0.5,104", "--window", "16,30,96,110"])
+    assert choose_settings("default", vars(args)) == RECIPES["default"]
+    sizes = [RECIPES["default"].input_size_at(epoch) for epoch in range(30)]
+    assert sizes == [72] * 6 + [88] * 9 + [104] * 15
+    assert [replace(SMALL, epochs=1).input_size_at(0)] == [40]
+
+
+def test_commands_of_the_experiments_are_valid():
+    with open(ROOT / "visualizations" / "experiments.csv", newline="") as file:
+        commands = [row["command"] for row in csv.DictReader(file)]
+    commands = [shlex.split(command) for command in commands if command.startswith("python train.py ")]
+    assert len(commands) > 10
+    for words in commands:
+        train.parse_args(["cpu" if word == "cuda" else word for word in words[2:]])
+
+
 @pytest.mark.parametrize(("argv", "said"), [
     (["--data", "nowhere"], "--data: nowhere: no such folder"),
     (["--init", "nowhere.pt", "--data", "DRAWN"], "--init nowhere.pt: no such file"),
@@ -521,6 +556,9 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
     (["--teacher", "OUT", "--data", "DRAWN"], "--out would replace it"),
     (["--resume", "--data", "DRAWN"], "--resume: there is no"),
     (["--epochs", "0"], "--epochs: expects an integer of at least 1"),
+    (["--window", "16,30,96,100"], "--window: expects the edges X0,Y0,X1,Y1 of a square"),
+    (["--input_sizes", "72:0.5,88:0.2,104"], "--input_sizes: expects SIZE:SHARE"),
+    (["--weight_decay", "-1"], "--weight_decay: expects a number of at least 0"),
     (["--lr", "minus"], "--lr: expects a number above 0"),
     (["--data", "DRAWN", "--class_map", "White=Black,Asian"], "--class_map: expects FROM=TO"),
 ])

@@ -53,7 +53,8 @@ def add_hyperparameters(parser: cli.Parser) -> None:
 
     def add(name: str, kind, text: str, **options) -> None:
         default = getattr(RECIPES["default"], name)
-        group.add_argument(f"--{name}", type=kind, help=f"{text} ({default})", **options)
+        group.add_argument(f"--{name}", type=kind, help=f"{text} ({default})",
+                           metavar=None if "choices" in options else "N", **options)
 
     add("epochs", cli.positive_int, "passes over the training pictures")
     add("batch_size", cli.positive_int, "pictures per process and step")
