@@ -498,7 +498,7 @@ def test_another_flag_is_not_mixed_into_a_resumed_run(drawn_set, tmp_path, small
     torch.save(state | {"world_size": 2}, tmp_path / "b.resume.pt")
     with pytest.raises(SystemExit):
         run(*common, "--resume")
-    assert "begun by another number of processes (2, now 1)" in capsys.readouterr().err
+    assert "begun with another number of processes (2, now 1)" in capsys.readouterr().err
 
 
 def test_impatience_before_the_final_size_still_gives_a_checkpoint(drawn_set, tmp_path, small_recipe):
