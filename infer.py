@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -58,9 +57,11 @@ from models.reports.grids import GridFace, GridLayout, draw_grid
 from models.reports.shares import estimate_shares, format_shares
 from models.reports.tally import GroupsError, Tally, read_groups, tally_predictions
 from models.running import cli
+from models.running.command import run_command
 from models.running.files import atomic_write, merge_parts
 from models.running.parts import (
     PartsError,
+    close_parts,
     exit_if_finished,
     missing_parts,
     open_parts,
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         print_summary(tally, count_files(len(run.photos), run.open_chunks), seconds, classes)
         own_faces = label_reference(reference, labelling) if reference else None
         report_shares(tally, checkpoint, own_faces, run.output_dir, with_groups=bool(args.by))
-        shutil.rmtree(run.folder)
+        close_parts(run.folder)
     barrier()
     shutdown_distributed()
 
@@ -455,4 +456,4 @@ def why_no_shares(n_faces: int, checkpoint: Checkpoint) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "--resume finishes the run")

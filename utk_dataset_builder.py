@@ -22,7 +22,6 @@ import csv
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +50,9 @@ from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE
 from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import AlignedBatch, FacePolicy, Loading, ViewSpec, align_photos
 from models.running import cli
+from models.running.command import run_command
 from models.running.files import atomic_write
+from models.running.locks import LockedError, acquire_lock, release_lock
 from models.running.threads import OrderedThreadPool
 
 RATIOS = (0.6, 0.2, 0.2)        # train, val, test
@@ -88,7 +89,7 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Source -> chips -> groups and crops -> splits -> files."""
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -117,7 +118,6 @@ def main(argv: list[str] | None = None) -> int:
     except OutputError as error:
         parser.error(f"--output_dir {args.output_dir}: {error}")
     print_summary(collection, groups, args.output_dir, is_listed=split_list is not None)
-    return 0
 
 
 def check_flags(parser: cli.Parser, args: argparse.Namespace) -> None:
@@ -314,21 +314,29 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     It is removed if the block fails. Raises OutputError where it cannot be made.
     """
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{folder.name}.partial")
+    lock = folder.with_name(f".{folder.name}.lock")
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        acquire_lock(lock)
+        shutil.rmtree(partial, ignore_errors=True)          # of a run that was killed
+        partial.mkdir()
+    except LockedError as error:
+        raise OutputError(str(error)) from None
     except OSError as error:
         raise OutputError(f"cannot write there ({error.strerror})") from None
     try:
         yield partial
-        old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+        old = folder.with_name(f"{folder.name}.old")
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         os.rename(partial, folder)
         if old.exists():
             shutil.rmtree(old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        release_lock(lock)
 
 
 def plot_distributions(counts: dict[str, dict[str, int]], folder: Path) -> None:
@@ -375,4 +383,4 @@ def print_summary(collection: ChipCollection, groups: list[list[int]], output_di
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "run the command again")

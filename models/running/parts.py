@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from models.running.cli import Parser
+from models.running.locks import LockedError, acquire_lock, release_lock
 from models.running.ranks import broadcast_from_rank0
 
 
@@ -24,16 +25,31 @@ def open_parts(parser: Parser, folder: Path, settings: dict, initialise: Callabl
 
     settings: the flags that determine the contents of a part, as JSON values. A run can only be
     resumed with the same settings. A PartsError ends every rank with one line; a folder created by
-    a failing start is removed.
+    a failing start is removed. The folder is locked until close_parts.
     """
     problem = ""
     if rank == 0:
         try:
+            acquire_lock(lock_path(folder))
             prepare_parts(folder, settings, initialise, resume, overwrite)
+        except LockedError as error:
+            problem = f"{folder.parent}: {error}"
         except PartsError as error:
+            release_lock(lock_path(folder))
             problem = str(error)
     if problem := broadcast_from_rank0(problem):
         parser.error(problem) if rank == 0 else parser.exit(2)
+
+
+def lock_path(folder: Path) -> Path:
+    """The lock file of a folder of parts."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def close_parts(folder: Path) -> None:
+    """Removes the parts of a finished run, and its lock."""
+    shutil.rmtree(folder)
+    release_lock(lock_path(folder))
 
 
 def prepare_parts(folder: Path, settings: dict, initialise: Callable[[Path], None], resume: bool,
