@@ -1,4 +1,4 @@
-"""Draws docs/images/sample.jpg: the sample photograph, the aligned face, and its calibrated probabilities.
+"""Draws docs/images/sample.jpg: the sample photograph, the aligned face, the probabilities.
 
     PYTHONPATH=. python docs/images/draw_sample.py
 """
@@ -21,7 +21,8 @@ def align_face(photo: Image.Image, landmarks: np.ndarray, resolution: int) -> np
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
     size = torch.tensor([[photo.height, photo.width]])
     points = torch.as_tensor(landmarks, dtype=torch.float32)[None]
-    crops = align_faces(image, size, torch.zeros(1, dtype=torch.int64), points, WHOLE_CROP, resolution)
+    image_index = torch.zeros(1, dtype=torch.int64)
+    crops = align_faces(image, size, image_index, points, WHOLE_CROP, resolution)
     return crops[0].permute(1, 2, 0).numpy()
 
 
