@@ -1,4 +1,4 @@
-"""Calibration, thresholds and prediction sets: what is promised of them holds on faces drawn from a known law."""
+"""Calibration, thresholds and prediction sets on faces drawn from a known distribution."""
 import numpy as np
 import pytest
 import torch
@@ -17,10 +17,11 @@ from models.faces.calibration import (
 
 
 def draw_faces(n: int, *, temperature: float = 1.0, bias=(0.0, 0.0, 0.0, 0.0), seed: int = 0):
-    """logits (n, 4) that overstate by `temperature`, labels (n,) drawn from what they would truly mean."""
+    """logits (n, 4), overconfident by `temperature`; labels (n,) drawn from the exact probs."""
     generator = torch.Generator().manual_seed(seed)
     sharp = 2.5 * torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    labels = torch.multinomial((sharp + torch.tensor(bias, dtype=torch.float64)).softmax(1), 1, generator=generator)
+    labels = torch.multinomial((sharp + torch.tensor(bias, dtype=torch.float64)).softmax(1), 1,
+                               generator=generator)
     return (sharp * temperature).float(), labels[:, 0]
 
 
@@ -32,7 +33,8 @@ def test_known_temperature_and_biases_are_recovered():
     assert calibration.bias == pytest.approx(bias, abs=0.12)
     probs = calibration.probs(logits)
     assert probs.dtype == torch.float32
-    assert torch.allclose(probs.mean(0), torch.bincount(labels) / len(labels), atol=2e-3)     # as many as there are
+    # as many as there are
+    assert torch.allclose(probs.mean(0), torch.bincount(labels) / len(labels), atol=2e-3)
 
 
 def test_doubt_goes_to_the_class_that_errs_most():
@@ -44,16 +46,19 @@ def test_doubt_goes_to_the_class_that_errs_most():
     log_probs = logits.log_softmax(1)
     rates = log_error_rates(log_probs, labels)
     overall = 12 / 152
-    expected = torch.tensor([(10 * overall) / 69, (11 + 10 * overall) / 51, (10 * overall) / 60]).double().log()
+    expected = torch.tensor([(10 * overall) / 69, (11 + 10 * overall) / 51,
+                             (10 * overall) / 60]).double().log()
     assert torch.allclose(rates, expected - expected.mean())
     raised = raise_weak(log_probs, labels, 0.5)
     assert torch.allclose(raised, 0.5 * rates)
-    assert ((log_probs + raised).argmax(1) == labels).sum() == ((log_probs.argmax(1) == labels).sum() + 2)
+    n_correct = [(scores.argmax(1) == labels).sum() for scores in (log_probs, log_probs + raised)]
+    assert n_correct[1] == n_correct[0] + 2
 
 
 def test_no_right_label_is_paid_for_balance():
     sure, tie = [4.0, 0.0], [0.01, 0.0]
-    log_probs = torch.tensor([sure] * 80 + [tie] * 10 + [[0.0, 4.0]] * 20 + [tie] * 8).double().log_softmax(1)
+    logits = torch.tensor([sure] * 80 + [tie] * 10 + [[0.0, 4.0]] * 20 + [tie] * 8).double()
+    log_probs = logits.log_softmax(1)
     labels = torch.tensor([0] * 90 + [1] * 28)
     assert log_error_rates(log_probs, labels)[1] > 0
     assert torch.equal(raise_weak(log_probs, labels, 0.5), torch.zeros(2).double())
@@ -66,7 +71,8 @@ def test_the_raise_is_in_bias_and_stored_probabilities():
     by = torch.tensor(raised.bias) - torch.tensor(plain.bias)
     expected = (plain.val_probs.double().log() + by).softmax(1)
     assert torch.allclose(raised.val_probs.double(), expected, atol=1e-6)
-    assert torch.allclose(by.double(), raise_weak(plain.val_probs.double().log(), labels, 0.5), atol=1e-4)
+    assert torch.allclose(by.double(), raise_weak(plain.val_probs.double().log(), labels, 0.5),
+                          atol=1e-4)
 
 
 def test_balance_leaves_a_class_without_a_face_alone():
@@ -80,12 +86,16 @@ def test_curved_confidence_is_recovered():
     """Logits as label smoothing leaves them: the larger the margin, the more they understate."""
     true, labels = draw_faces(8_000)
     margin = true.topk(2, 1).values.diff(dim=1).neg()
-    squeezed = true * 2 / (1 + (1 + 0.8 * margin).sqrt())       # margin m with m (1 + 0.2 m) that of the true logits
+    # margin m with m (1 + 0.2 m) that of the true logits
+    squeezed = true * 2 / (1 + (1 + 0.8 * margin).sqrt())
     calibration = fit_calibration(squeezed, labels, balance=0)
-    assert calibration.temperature == pytest.approx(1.0, rel=0.1) and calibration.curve == pytest.approx(0.2, rel=0.2)
+    assert calibration.temperature == pytest.approx(1.0, rel=0.1)
+    assert calibration.curve == pytest.approx(0.2, rel=0.2)
     straight = fit_terms(squeezed.double(), labels, with_curve=False, with_bias=False)[0] * squeezed
-    confidence = [probs.max(1).values for probs in (calibration.probs(squeezed), straight.softmax(1), true.softmax(1))]
-    assert (confidence[0] - confidence[2]).abs().mean() < 0.3 * (confidence[1] - confidence[2]).abs().mean()
+    confidence = [probs.max(1).values
+                  for probs in (calibration.probs(squeezed), straight.softmax(1), true.softmax(1))]
+    curved, straight_error = ((confidence[i] - confidence[2]).abs().mean() for i in (0, 1))
+    assert curved < 0.3 * straight_error
 
 
 def test_logits_that_point_the_wrong_way_give_almost_no_confidence():
@@ -126,9 +136,10 @@ def test_same_numbers_every_time_and_whatever_is_added_to_a_row():
 
 
 def test_stored_probabilities_are_those_of_faces_left_out():
-    """On labels that have nothing to do with the logits, a fit flatters itself; the stored probabilities must not."""
+    """On labels independent of the logits, a fit overfits; the stored probabilities must not."""
     generator = torch.Generator().manual_seed(3)
-    logits, labels = 4 * torch.randn(60, 4, generator=generator), torch.randint(4, (60,), generator=generator)
+    logits = 4 * torch.randn(60, 4, generator=generator)
+    labels = torch.randint(4, (60,), generator=generator)
     calibration = fit_calibration(logits, labels, balance=0)
 
     def nll(probs):
@@ -180,7 +191,8 @@ def test_thresholds_keep_the_error_of_each_class_and_answer_as_many_as_possible(
     for c in range(4):
         mine = predictions == c
         wrong = calibration.val_labels[mine] != c
-        allowed = [t for t in confidence[mine].unique() if wrong[confidence[mine] >= t].float().mean() <= 0.05]
+        allowed = [t for t in confidence[mine].unique()
+                   if wrong[confidence[mine] >= t].float().mean() <= 0.05]
         assert thresholds[c] == min(allowed)
 
 
@@ -194,7 +206,7 @@ def test_thresholds_at_the_ends():
 
 
 def test_faces_of_equal_confidence_are_answered_together():
-    """Three at 0.9, one of them wrong: at a third of error all are answered, below it none, whatever their order."""
+    """Three at 0.9, one wrong: all are answered at an error of 1/3, none below, in any order."""
     probs = torch.tensor([[0.9, 0.1]] * 3)
     for labels in ([0, 0, 1], [1, 0, 0]):
         calibration = Calibration(1.0, (0.0, 0.0), probs, torch.tensor(labels))
@@ -210,12 +222,13 @@ def test_sets_cover_each_class(alpha):
         logits, labels = draw_faces(4000, seed=2 * seed + 1)
         sets = logits.softmax(1) >= set_thresholds(calibration, alpha)
         covered += torch.stack([sets[labels == k, k].float().mean() for k in range(4)]) / 10
-    chance = (alpha * (1 - alpha) / (10 * 200)) ** 0.5              # of ten quantiles, each of 200 faces of a class
+    # of ten quantiles, each of 200 faces of a class
+    chance = (alpha * (1 - alpha) / (10 * 200)) ** 0.5
     assert ((covered - (1 - alpha)).abs() < 4 * chance).all()
 
 
 def test_sets_by_hand_and_of_little():
-    """Nine faces per class: at alpha 0.1 one in ten may be missed, which is the smallest of them; at 0.05 none."""
+    """Nine faces per class: alpha 0.1 allows one miss, the face of least probability; 0.05 none."""
     p = torch.linspace(0.1, 0.9, 9)
     probs = torch.cat([torch.stack([p, 1 - p], 1), torch.stack([1 - p, p], 1)])
     calibration = Calibration(1.0, (0.0, 0.0), probs, torch.tensor([0] * 9 + [1] * 9))

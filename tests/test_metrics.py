@@ -5,7 +5,13 @@ import pytest
 import sklearn.metrics
 import torch
 
-from models.reports.metrics import class_figures, confusion_matrix, ece_interval, mcnemar_exact, wilson_interval
+from models.reports.metrics import (
+    class_figures,
+    confusion_matrix,
+    ece_interval,
+    mcnemar_exact,
+    wilson_interval,
+)
 
 
 def random_pair(n: int, n_classes: int = 4, seed: int = 0):
@@ -22,11 +28,14 @@ def test_figures_agree_with_scikit_learn():
     assert np.array_equal(confusion.numpy(), sklearn.metrics.confusion_matrix(labels, predictions))
     figures = class_figures(confusion)
     assert figures["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predictions))
-    assert figures["balanced_accuracy"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, predictions))
-    assert figures["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(labels, predictions, average="macro"))
+    balanced = sklearn.metrics.balanced_accuracy_score(labels, predictions)
+    assert figures["balanced_accuracy"] == pytest.approx(balanced)
+    assert figures["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(labels, predictions,
+                                                                         average="macro"))
     columns = sklearn.metrics.precision_recall_fscore_support(labels, predictions)
     for row, wanted in zip(figures["per_class"], zip(*columns, strict=True), strict=True):
-        assert [row[key] for key in ("precision", "recall", "f1", "n")] == pytest.approx(list(wanted))
+        cells = [row[key] for key in ("precision", "recall", "f1", "n")]
+        assert cells == pytest.approx(list(wanted))
 
 
 def test_matrices_of_parts_add_up_to_the_whole():
@@ -38,12 +47,13 @@ def test_matrices_of_parts_add_up_to_the_whole():
 def test_absent_classes_and_empty_sets_give_numbers():
     labels, predictions = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 1, 1])
     figures = class_figures(confusion_matrix(labels, predictions, 4))
-    assert figures["balanced_accuracy"] == 0.75                     # over the two classes that have pictures
+    assert figures["balanced_accuracy"] == 0.75  # over the two classes that have pictures
     assert figures["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
     assert figures["per_class"][2] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0}
     empty = torch.zeros(0, dtype=torch.int64)
     figures = class_figures(confusion_matrix(empty, empty, 4))
-    assert (figures["n"], figures["accuracy"], figures["balanced_accuracy"], figures["macro_f1"]) == (0, 0, 0, 0)
+    assert (figures["n"], figures["accuracy"], figures["balanced_accuracy"],
+            figures["macro_f1"]) == (0, 0, 0, 0)
 
 
 def test_wilson_interval_of_the_published_figure():
@@ -54,9 +64,10 @@ def test_wilson_interval_of_the_published_figure():
 def test_wilson_interval_at_its_ends():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == 1
-    for k in range(11):                                     # its defining equation: the score test at either end
+    for k in range(11):  # its defining equation: the score test at either end
         for p in wilson_interval(k, 10):
-            assert abs(k / 10 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 10), abs=1e-6)
+            assert abs(k / 10 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 10),
+                                                    abs=1e-6)
             assert 0 <= p <= 1
 
 
@@ -82,7 +93,8 @@ def test_the_calibration_errors_interval_holds_the_true_error(shift):
     held = 0
     for _ in range(20):
         stated = 0.55 + 0.4 * torch.rand(1000, generator=generator)
-        low, high = ece_interval(stated, torch.rand(1000, generator=generator) < stated - shift, n_resamples=100)
+        low, high = ece_interval(stated, torch.rand(1000, generator=generator) < stated - shift,
+                                 n_resamples=100)
         assert 0 <= low <= high < 0.1
         held += low <= shift <= high
     assert held >= 17
