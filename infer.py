@@ -55,7 +55,14 @@ from models.faces.predictions import (
 from models.faces.predictor import Predictor, network_batch_size
 from models.reports.grids import GridFace, GridLayout, draw_grid
 from models.reports.shares import estimate_shares, format_shares
-from models.reports.tally import GroupsError, Tally, read_groups, tally_predictions
+from models.reports.tally import (
+    GroupsError,
+    GroupTable,
+    Tally,
+    count_unlisted,
+    read_groups,
+    tally_predictions,
+)
 from models.running import cli
 from models.running.command import run_command
 from models.running.files import atomic_write, merge_parts
@@ -71,6 +78,7 @@ from models.running.ranks import barrier, init_distributed, rank_slice, shutdown
 
 PARTS = "infer_parts"       # folder of an unfinished run, in the output folder
 MIN_FACES = 20              # for fewer faces, shares are not estimated
+MAX_GRID_INCHES = 300       # 30,000 pixels a side at matplotlib's 100 pixels an inch
 CROP_BYTES = 3 * TEMPLATE_SIZE * TEMPLATE_SIZE
 
 
@@ -136,7 +144,10 @@ def main(argv: list[str] | None = None) -> None:
     rank, world_size, device = init_distributed(args.device)
     checkpoint = read_checkpoint(parser, args)
     reference = read_reference(parser, args, checkpoint)
+    groups = read_group_table(parser, args)
     run = open_run(parser, args, rank)
+    if groups is not None and rank == 0:
+        check_groups(parser, run, groups, is_new=not args.resume)
     labelling = choose_labelling(args, checkpoint, run, device)
     started = time.perf_counter()
     chunks = [run.open_chunks[i] for i in rank_slice(len(run.open_chunks), rank, world_size)]
@@ -154,7 +165,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.visualize and args.overwrite:
             remove_older_grids(run, classes, args.n_vis_samples_per_pic)
         merge_run(run, classes)
-        groups = read_groups(args.by) if args.by and args.by != "folder" else None
         tally = tally_predictions(run.output_dir / "predictions.csv", classes, args.by, groups)
         print_summary(tally, count_files(len(run.photos), run.open_chunks), seconds, classes)
         own_faces = label_reference(reference, labelling) if reference else None
@@ -172,15 +182,13 @@ def check_flags(parser: cli.Parser, args: argparse.Namespace) -> None:
     if args.n_vis_samples_per_pic % args.n_vis_rows_per_pic:
         parser.error(f"--n_vis_rows_per_pic {args.n_vis_rows_per_pic} must divide "
                      f"--n_vis_samples_per_pic {args.n_vis_samples_per_pic}")
-    if args.by and args.by != "folder":
-        try:
-            read_groups(args.by)
-        except GroupsError as error:
-            parser.error(f"--by {error}")
     if (args.input_dir and not args.in_list and Path(args.output_dir).resolve().is_relative_to(
             Path(args.input_dir[0]).resolve())):
         parser.error("--output_dir lies in --input_dir, where its pictures would be labelled by "
                      "the next run")
+    for flag, inches in (("--figsize_h", args.figsize_h), ("--figsize_w", args.figsize_w)):
+        if not 1 <= inches <= MAX_GRID_INCHES:
+            parser.error(f"{flag} {inches:g}: expects 1 to {MAX_GRID_INCHES} inches")
     output_dir = args.output_dir = cli.output_folder(parser, "--output_dir", args.output_dir)
     if args.resume:
         exit_if_finished(parser, output_dir / PARTS, output_dir / "predictions.csv")
@@ -219,6 +227,16 @@ def read_reference(parser: cli.Parser, args: argparse.Namespace,
     return reference
 
 
+def read_group_table(parser: cli.Parser, args: argparse.Namespace) -> GroupTable | None:
+    """The groups of --by FILE.csv."""
+    if not args.by or args.by == "folder":
+        return None
+    try:
+        return read_groups(args.by, args.input_dir[0] if args.input_dir else "")
+    except GroupsError as error:
+        parser.error(f"--by {error}")
+
+
 # -------------------------------------------------------------------- a run and its finished parts
 @dataclass(frozen=True)
 class Run:
@@ -252,6 +270,19 @@ def begin_run(folder: Path, input_dir: list[str] | None, in_list: str | None) ->
         index_photos(folder, input_dir, in_list)
     except InputError as error:
         raise PartsError(f"{'--in_list' if in_list else '--input_dir'} {error}") from None
+
+
+def check_groups(parser: cli.Parser, run: Run, groups: GroupTable, is_new: bool) -> None:
+    """Ends the run before anything is labelled where --by lists none of its pictures."""
+    names = (run.photos.name(i) for i in range(len(run.photos)))
+    try:
+        n_unlisted = count_unlisted(groups, names)
+    except GroupsError as error:
+        if is_new:
+            close_parts(run.folder)
+        parser.error(f"--by: {error}")
+    if n_unlisted:
+        print(f"--by: {n_unlisted:,} of {len(run.photos):,} pictures are in no group")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from models.faces.predictions import (
 )
 from models.faces.predictor import Predictor, fuse_batch_norm
 from models.reports.shares import distinct_faces
-from models.reports.tally import Tally, tally_predictions
+from models.reports.tally import Tally, read_groups, tally_predictions
 
 CLASSES = ("White", "Black", "East Asian", "Indian")
 
@@ -298,6 +298,35 @@ def test_shares_of_a_list_of_absolute_paths_are_by_the_folder_that_holds_each(tm
     assert {k: v["n"] for k, v in report["groups"].items()} == {str(crops / "part 0"): 20, str(crops / "part 1"): 20}
 
 
+@pytest.mark.parametrize("spelling", ["./{}", "{}", "absolute", "windows"])
+def test_groups_are_found_however_the_list_spells_the_files(tmp_path, ckpt, crops, spelling):
+    rows = run(tmp_path, ckpt, source=crops)
+    names = {"absolute": lambda file: str(crops / file),
+             "windows": lambda file: file.replace("/", "\\")}.get(spelling, spelling.format)
+    with open(tmp_path / "groups.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file", "g"), *((names(row["file"]), "x") for row in rows)])
+    run(tmp_path, ckpt, "--by", tmp_path / "groups.csv", "--overwrite", source=crops)
+    tally = tally_predictions(tmp_path / "out" / "predictions.csv", CLASSES,
+                              groups=read_groups(str(tmp_path / "groups.csv"), str(crops)))
+    assert tally.group_names == ["x"] and (tally.groups == 0).all()
+
+
+def test_groups_that_match_nothing_in_part_or_twice_are_said(tmp_path, ckpt, crops, capsys):
+    table, flags = tmp_path / "groups.csv", ["--input_dir", crops, "--output_dir", tmp_path / "out", "--ckpt", ckpt]
+    table.write_text("file,g\nother/x.png,a\n")
+    line = refused(capsys, *flags, "--by", table)
+    assert "other/x.png" in line and "part 0/00.png" in line
+    assert not (tmp_path / "out" / "infer_parts").exists()
+    table.write_text("file,g\npart 0/00.png,a\n./part 0/00.png,b\n")
+    line = refused(capsys, *flags, "--by", table)
+    assert "part 0/00.png" in line and "as a and as b" in line
+    table.write_text("file,g\n")
+    assert "lists no file" in refused(capsys, *flags, "--by", table)
+    table.write_text("file,g\npart 0/00.png,a\n")
+    run(tmp_path, ckpt, "--by", table, source=crops)
+    assert "39 of 40 pictures are in no group" in capsys.readouterr().out
+
+
 def test_shares_notice_repeated_pictures_in_a_written_table(tmp_path):
     probs = torch.randn(15, 4, generator=torch.Generator().manual_seed(1)).softmax(1)
     rows = [FaceRow(i, 0, "ok", probs=probs[i % 15]) for i in range(30)]
@@ -361,6 +390,8 @@ def test_mistakes_are_one_line_that_names_the_flag(tmp_path, ckpt, crops, capsys
                         ("--batch_size", [*out, *source, "--batch_size", 0]),
                         ("--by", [*out, *source, "--by", tmp_path / "nowhere.csv"]),
                         ("--n_vis_rows_per_pic", [*out, *source, "--n_vis_rows_per_pic", 7]),
+                        ("--figsize_w", [*out, *source, "--figsize_w", 9000]),
+                        ("--figsize_h", [*out, *source, "--figsize_h", 0.01]),
                         ("--output_dir", [*source, "--output_dir", crops / "out"])):
         chosen = flags if "--ckpt" in flags else [*flags, "--ckpt", ckpt]
         assert flag in refused(capsys, *chosen)
