@@ -1,4 +1,4 @@
-"""benchmarks/: the plain procedures find what the fast path finds, and the figures are what they say; no timings."""
+"""benchmarks/: plain and fast procedures agree, and the figures are computed correctly; no timings."""
 import csv
 import json
 import os
@@ -12,15 +12,22 @@ import torch
 from conftest import ROOT, draw_crop
 
 from benchmarks import baseline, run
+from benchmarks.agreement import agreement_bars, both_agreements, same_faces, same_labels
+from benchmarks.entries.align import align_batches, align_each
+from benchmarks.entries.classify import label_folder
+from benchmarks.entries.memory import peak_of_tree
+from benchmarks.entries.photos import bench_photos
+from benchmarks.harness import Figure, Result, call_alone, take_turns
+from benchmarks.inputs import Bench, Sizes
 from models.data.decoding import decode_photo
 from models.faces.align import TEMPLATE, TEMPLATE_SIZE, crop_views
-from models.faces.checkpoint import Checkpoint, save_checkpoint
+from models.faces.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
 from models.faces.mtcnn import MTCNN, Faces
 from models.faces.pipeline import Predictor
 
 SAMPLES = ROOT / "facesets" / "samples"
-SMALL = run.Sizes(runs=1, chips=4, photos=4, agreed=3, crops=6, plain_crops=6, built=8, plain_built=4)
+SMALL = Sizes(runs=1, chips=4, photos=4, agreed=3, crops=6, plain_crops=6, built=8, plain_built=4)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +40,8 @@ def ckpt(tmp_path_factory) -> str:
     return str(path)
 
 
-def bench_in(folder: Path, data: Path, ckpt: str) -> run.Bench:
-    return run.Bench(data, folder, ckpt, torch.device("cpu"), SMALL, quick=True)
+def bench_in(folder: Path, data: Path, ckpt: str) -> Bench:
+    return Bench(data, folder, ckpt, torch.device("cpu"), sizes=SMALL, quick=True)
 
 
 def boxes_of(*boxes) -> Faces:
@@ -43,28 +50,31 @@ def boxes_of(*boxes) -> Faces:
 
 
 def pictures(faces_data: Path, archive: str, every: int) -> list[torch.Tensor]:
-    """Every so many-th picture of an archive, decoded."""
+    """Every n-th picture of an archive, decoded; n = every."""
     with tarfile.open(faces_data / archive) as tar:
-        members = sorted((member for member in tar if member.isfile()), key=lambda member: member.name)[::every]
-        return [decode_photo(tar.extractfile(member).read())[0] for member in members]
+        members = [member for member in tar if member.isfile()]
+        members.sort(key=lambda member: member.name)
+        return [decode_photo(tar.extractfile(member).read())[0] for member in members[::every]]
 
 
 def test_plain_and_batched_detection_agree_on_the_sample():
     photos = [decode_photo(SAMPLES / "astronaut.jpg")[0], torch.zeros(3, 15, 40, dtype=torch.uint8),
               torch.full((3, 90, 60), 128, dtype=torch.uint8)]
-    found = run.same_faces(run.align_batches(photos, MTCNN()), run.align_each(photos, baseline.PlainMTCNN()))
-    assert found["faces"] == found["plain_faces"] == found["same"] >= 1
-    assert found["landmarks_apart_px"] < 0.01
+    agreement = same_faces(align_batches(photos, MTCNN()),
+                       align_each(photos, baseline.PlainMTCNN()))
+    assert agreement["faces"] == agreement["plain_faces"] == agreement["same"] >= 1
+    assert agreement["landmarks_apart_px"] < 0.01
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("archive, every, face_size", [("wild.tar", 30, 40), ("UTKFace.tar", 3000, 20)])
+@pytest.mark.parametrize("archive, every, face_size", [("wild.tar", 30, 40),
+                                                       ("UTKFace.tar", 3000, 20)])
 def test_plain_and_batched_detection_agree_on_real_pictures(faces_data, archive, every, face_size):
     photos = pictures(faces_data, archive, every)
-    found = run.same_faces(run.align_batches(photos, MTCNN(min_face_size=face_size)),
-                           run.align_each(photos, baseline.PlainMTCNN(face_size)))
-    assert found["faces"] == found["plain_faces"] == found["same"] >= 5
-    assert found["landmarks_apart_px"] < 0.01
+    agreement = same_faces(align_batches(photos, MTCNN(min_face_size=face_size)),
+                       align_each(photos, baseline.PlainMTCNN(face_size)))
+    assert agreement["faces"] == agreement["plain_faces"] == agreement["same"] >= 5
+    assert agreement["landmarks_apart_px"] < 0.01
 
 
 def test_plain_and_batched_classification_agree(tmp_path, ckpt):
@@ -74,17 +84,17 @@ def test_plain_and_batched_classification_agree(tmp_path, ckpt):
     for i in range(5):
         draw_crop(i, i, TEMPLATE_SIZE).save(crops / f"{i}.png")
     predictor = Predictor(bench.checkpoint, bench.device)
-    ours = run.label_folder(bench, str(crops), predictor, None)
+    ours = label_folder(bench, str(crops), predictor, None)
     plain = tmp_path / "plain.csv"
     baseline.label_crops(sorted(crops.iterdir()), plain, baseline.PlainClassifier(bench.checkpoint))
-    found = run.same_labels(ours, plain)
-    assert (found["files"], found["faces"], found["other_status"]) == (5, 5, 0)
-    assert found["largest_difference"] < (0.005 if predictor.bfloat16 else 1e-4)
-    assert all(bar.met for bar in run.agreement_bars("drawn", found))
+    agreement = same_labels(ours, plain)
+    assert (agreement["files"], agreement["faces"], agreement["other_status"]) == (5, 5, 0)
+    assert agreement["largest_difference"] < (0.005 if predictor.bfloat16 else 1e-4)
+    assert all(bar.met for bar in agreement_bars("drawn", agreement))
 
 
 def test_one_view_alone_and_in_a_batch(ckpt):
-    checkpoint = run.load_checkpoint(ckpt)
+    checkpoint = load_checkpoint(ckpt)
     views = crop_views(torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8), checkpoint.spec.window, 112)
     predictor = Predictor(checkpoint, torch.device("cpu"))
     together = predictor.probs(views)
@@ -96,11 +106,12 @@ def test_one_view_alone_and_in_a_batch(ckpt):
 @pytest.mark.real
 def test_photographs_end_to_end_agree_one_by_one(tmp_path, ckpt, faces_data):
     bench = bench_in(tmp_path, faces_data, ckpt)
-    agreement = run.bench_photos(bench).agreement
+    agreements = bench_photos(bench).agreement
     for name, files, fewest in (("photographs", 4, 2), ("chips", 3, 3)):
-        found = agreement[name]
-        assert found["files"] == files and found["other_status"] == 0 and found["faces"] >= fewest
-        assert found["largest_difference"] < 1e-3
+        agreement = agreements[name]
+        assert agreement["files"] == files and agreement["other_status"] == 0
+        assert agreement["faces"] >= fewest
+        assert agreement["largest_difference"] < 1e-3
 
 
 @pytest.mark.real
@@ -112,7 +123,7 @@ def test_pictures_are_unpacked_evenly_and_once(tmp_path, ckpt, faces_data):
     assert len(bench.crops(12, 56)) == 12
 
 
-def test_suppression_keeps_the_best_of_what_overlaps():
+def test_suppression_keeps_the_best_of_overlapping_boxes():
     boxes = torch.tensor([[0., 0, 99, 99], [5, 5, 104, 104], [200, 0, 299, 99], [20, 20, 40, 40]]).numpy()
     scores = torch.tensor([1., 2, 3, 0.5]).numpy()
     assert baseline.suppress(boxes, scores, 0.7).tolist() == [2, 1, 3]
@@ -120,15 +131,15 @@ def test_suppression_keeps_the_best_of_what_overlaps():
     assert baseline.suppress(boxes[:0], scores[:0], 0.7).tolist() == []
 
 
-def test_same_faces_counts_only_what_is_found_on_both_sides():
+def test_same_faces_counts_faces_of_both_procedures():
     plain = [boxes_of((0, 0, 50, 50), (100, 0, 150, 50)), boxes_of(), boxes_of((0, 0, 9, 9))]
     ours = [boxes_of((1, 0, 51, 50)), boxes_of((0, 0, 9, 9)), boxes_of()]
-    found = run.same_faces(ours, plain)
-    assert (found["faces"], found["plain_faces"], found["same"]) == (2, 3, 1)
-    assert found["landmarks_apart_px"] == 1
+    agreement = same_faces(ours, plain)
+    assert (agreement["faces"], agreement["plain_faces"], agreement["same"]) == (2, 3, 1)
+    assert agreement["landmarks_apart_px"] == 1
 
 
-def test_same_labels_tells_near_ties_from_other_labels(tmp_path):
+def test_same_labels_separates_near_ties_from_clear_differences(tmp_path):
     ours, plain = tmp_path / "predictions.csv", tmp_path / "plain.csv"
     rows = [("a.jpg", "ok", .70, .30), ("b.jpg", "ok", .51, .49), ("c.jpg", "ok", .8, .2), ("d.jpg", "no_face", "", "")]
     theirs = [("a.jpg", "ok", .71, .29), ("b.jpg", "ok", .49, .51), ("c.jpg", "ok", .2, .8), ("d.jpg", "ok", .9, .1)]
@@ -137,16 +148,16 @@ def test_same_labels_tells_near_ties_from_other_labels(tmp_path):
             writer = csv.writer(file)
             writer.writerow(["file", "status", "p_A", "p_B", "ethnicity", *head])
             writer.writerows((*row, "", *[""] * len(head)) for row in table)
-    found = run.same_labels(ours, plain)
-    assert {name: found[name] for name in ("files", "faces", "other_status", "other_label", "near_ties")} == {
+    agreement = same_labels(ours, plain)
+    assert {name: agreement[name] for name in ("files", "faces", "other_status", "other_label", "near_ties")} == {
         "files": 4, "faces": 3, "other_status": 1, "other_label": 2, "near_ties": 1}
-    assert found["largest_difference"] == pytest.approx(0.6)
-    assert [bar.met for bar in run.agreement_bars("x", found)] == [False, False, False]
+    assert agreement["largest_difference"] == pytest.approx(0.6)
+    assert [bar.met for bar in agreement_bars("x", agreement)] == [False, False, False]
 
 
-def test_two_agreements_as_one():
+def test_two_agreements_are_combined():
     first = {"files": 4, "other_label": 1, "largest_difference": 0.1}
-    both = run.both_agreements(first, {"files": 3, "other_label": 0, "largest_difference": 0.2})
+    both = both_agreements(first, {"files": 3, "other_label": 0, "largest_difference": 0.2})
     assert both == {"files": 7, "other_label": 1, "largest_difference": 0.2}
 
 
@@ -154,10 +165,10 @@ def test_procedures_take_turns_after_a_warm_up():
     called = []
     procedures = {name: (lambda items, name=name: called.append((name, len(items))), list(range(n)))
                   for name, n in (("fast", 6), ("slow", 3))}
-    fast, slow = run.take_turns("case", procedures, 3, torch.device("cpu"), warm=2)
+    fast, slow = take_turns("case", procedures, 3, torch.device("cpu"), warm=2)
     assert called == [("fast", 2), ("slow", 2)] + [("fast", 6), ("slow", 3)] * 3
     assert (fast.n, slow.n, len(fast.seconds)) == (6, 3, 3)
-    assert run.Figure("case", "fast", 6, [5.0, 1.0, 2.0]).rate == 3.0
+    assert Figure("case", "fast", 6, [5.0, 1.0, 2.0]).rate == 3.0
 
 
 def test_peak_memory_counts_a_command_and_its_children():
@@ -165,14 +176,14 @@ def test_peak_memory_counts_a_command_and_its_children():
     nested = f"import subprocess, sys; x = bytearray(60_000_000); subprocess.run([sys.executable, '-c', {code!r}])"
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is read from Linux's /proc")
-    assert 133 < run.peak_of_tree([sys.executable, "-c", nested]) < 200
+    assert 133 < peak_of_tree([sys.executable, "-c", nested]) < 200
 
 
 def test_main_prints_bars_and_writes_json(tmp_path, ckpt, monkeypatch, capsys):
     for archive in ("UTKFace.tar", "wild.tar"):
         tarfile.open(tmp_path / archive, "w").close()
-    figures = [run.Figure("case", "ours", 8, [1.0, 2.0, 3.0]), run.Figure("case", "plain", 2, [4.0])]
-    result = run.Result(figures)
+    figures = [Figure("case", "ours", 8, [1.0, 2.0, 3.0]), Figure("case", "plain", 2, [4.0])]
+    result = Result(figures)
     result.compare("ratio", *figures, 10.0)
     monkeypatch.setitem(run.ENTRIES, "start", lambda bench: result)
     monkeypatch.setattr(run, "call_alone", lambda function, *args: function(*args))     # a lambda cannot be sent
@@ -187,7 +198,7 @@ def test_main_prints_bars_and_writes_json(tmp_path, ckpt, monkeypatch, capsys):
 
 def test_an_entry_runs_in_another_process(tmp_path, ckpt):
     bench = bench_in(tmp_path, tmp_path, ckpt)
-    assert run.call_alone(os.getpid) != os.getpid()
+    assert call_alone(os.getpid) != os.getpid()
     sent = pickle.loads(pickle.dumps(bench))
     assert sent.checkpoint.spec == bench.checkpoint.spec and sent.sizes == bench.sizes
 
