@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[cli.Parser, Namespace]:
     """The parser and the checked command line."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    cli.add_ckpt(parser, "the first classifier")
+    cli.add_ckpt(parser, help="the first classifier")
     cli.add_data(parser, "labelled set that the first classifier was not trained on")
     cli.add_class_map(parser)
     add("--people", metavar="FILE",

@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--data", type=Path, default=DATA, metavar="DIR",
         help="folder with UTKFace.tar and wild.tar (FACES_DATA, else ../shared/data beside the "
              "repository)")
-    cli.add_ckpt(parser, "checkpoint of the classifier")
+    cli.add_ckpt(parser, help="checkpoint of the classifier")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results.json", metavar="FILE",
         help="JSON file for the figures")
     args = parser.parse_args(argv)

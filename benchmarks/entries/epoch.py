@@ -27,7 +27,7 @@ EPOCH_CROPS = 13_207            # training pictures of the published split of UT
 
 
 def bench_epoch(bench: Bench) -> Result:
-    """Training steps on the builder's crops, at the default recipe's last and largest input size."""
+    """Training steps on the builder's crops, at the last and largest input size."""
     result, sizes = Result(), bench.sizes
     is_whole = sizes.steps is None or (bench.device.type == "cuda" and not bench.quick)
     n_crops = EPOCH_CROPS if is_whole else sizes.steps * BATCH
