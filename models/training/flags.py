@@ -1,6 +1,8 @@
 """The flags of train.py that set hyperparameters, one for each field of TrainingSettings."""
 import argparse
+from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 from models.running import cli
 from models.training.settings import RECIPES, TrainingSettings
@@ -51,7 +53,7 @@ def add_hyperparameters(parser: cli.Parser) -> None:
                              "--init, published is that of EthnicityRecognition-UTKFaces")
     group = parser.add_argument_group("hyperparameters", "in brackets: --recipe default")
 
-    def add(name: str, kind, text: str, **options) -> None:
+    def add(name: str, kind: Callable[[str], object], text: str, **options: Any) -> None:
         default = getattr(RECIPES["default"], name)
         group.add_argument(f"--{name}", type=kind, help=f"{text} ({default})",
                            metavar=None if "choices" in options else "N", **options)

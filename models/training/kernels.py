@@ -3,6 +3,7 @@ import copy
 import gc
 import math
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,13 @@ class WeightGradientByTaps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, maps: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
         ctx.save_for_backward(maps, weight)
         ctx.stride, ctx.padding = stride, padding
         return F.conv2d(maps, weight, None, stride, padding)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         maps, weight = ctx.saved_tensors
         maps_gradient = torch.nn.grad.conv2d_input(maps.shape, weight, gradient, ctx.stride,
                                                    ctx.padding)
