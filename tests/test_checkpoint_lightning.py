@@ -1,4 +1,4 @@
-"""Published Lightning checkpoints: real ones, written here, give torchvision's logits of the documented input."""
+"""Published Lightning checkpoints, written by a real Trainer: their logits equal torchvision's."""
 import argparse
 import json
 import os
@@ -16,7 +16,14 @@ from torchvision.models import resnet18
 
 import evaluate
 import infer
-from models.faces.align import CHIP_LANDMARKS, TEMPLATE, WHOLE_TEMPLATE, align_faces, crop_views, fit_similarity
+from models.faces.align import (
+    CHIP_LANDMARKS,
+    TEMPLATE,
+    WHOLE_TEMPLATE,
+    align_faces,
+    crop_views,
+    fit_similarity,
+)
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
 from models.faces.mtcnn import MTCNN
@@ -25,14 +32,24 @@ from models.faces.predictions import read_predictions
 from models.running import cli
 
 SAMPLES = ROOT / "facesets" / "samples"
-DOCUMENTED = {"model": transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]),
-              "resnet": transforms.Compose([transforms.Resize(128), transforms.CenterCrop(104), transforms.ToTensor(),
-                                            transforms.Normalize([0.5] * 3, [0.5] * 3)])}
-SIDES = {"model": 112, "resnet": 200}
+DOCUMENTED = {
+    "model": transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    ),
+    "resnet": transforms.Compose(
+        [
+            transforms.Resize(128),
+            transforms.CenterCrop(104),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    ),
+}
+INPUT_SIZES = {"model": 112, "resnet": 200}
 
 
 class Trap:
-    """An object that leaves a file behind where a pickle of it is executed."""
+    """An object that creates a file when its pickle is executed."""
 
     def __init__(self, path: Path, call):
         self.path, self.call = path, call
@@ -49,7 +66,7 @@ def touch(path: str) -> None:
 
 
 class Published(lightning.LightningModule):
-    """A ResNet-18 under the name `part`, with hyper-parameters of all kinds."""
+    """A ResNet-18 under the name `part`, with hyperparameters of many kinds."""
 
     def __init__(self, part: str, args: argparse.Namespace, trap, outputs: int = 4):
         super().__init__()
@@ -67,12 +84,22 @@ class Published(lightning.LightningModule):
 
 
 def train_and_save(module: Published, path: Path) -> None:
-    """A step of a real Trainer, which then writes its checkpoint."""
-    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-                                enable_progress_bar=False, enable_model_summary=False)
+    """One training step of a Trainer, which then writes its checkpoint."""
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     batch = torch.randn(8, 3, 32, 32), torch.arange(8) % module.hparams.outputs
-    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch), batch_size=8))
-    with torch.no_grad():                       # the last layer looks away from what all pictures share: answers differ
+    trainer.fit(
+        module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch), batch_size=8)
+    )
+    with (
+        torch.no_grad()
+    ):  # subtracts the mean feature in the last layer, so that predictions differ
         network = module.network().eval()
         last, network.fc = network.fc, torch.nn.Identity()
         features = network(torch.stack([picture_of(module.hparams.part, i)[1] for i in range(4)]))
@@ -83,32 +110,37 @@ def train_and_save(module: Published, path: Path) -> None:
 
 
 def picture_of(part: str, label: int, seed: int = 0) -> tuple[Image.Image, torch.Tensor]:
-    """A finished picture of the very size the layout documents, and its documented input (3, S, S).
+    """An aligned picture of the size that the layout documents, and its documented input (3, S, S).
 
-    A chip is drawn without noise between its pixels: there two ways of shrinking it differ.
+    A chip has no noise at the finest scale, where two ways of reducing it differ.
     """
-    side = SIDES[part]
-    picture = draw_crop(label, seed) if side == 112 else draw_crop(label, seed, side // 4).resize((side, side))
+    size = INPUT_SIZES[part]
+    if size == 112:
+        picture = draw_crop(label, seed)
+    else:
+        picture = draw_crop(label, seed, size // 4).resize((size, size))
     return picture, DOCUMENTED[part](picture)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> dict[str, tuple[Path, torch.nn.Module]]:
-    """The two layouts -> (Lightning's file, the network in it)."""
-    folder, made = tmp_path_factory.mktemp("lightning"), {}
+    """For both layouts: the Lightning file and its network."""
+    folder, files = tmp_path_factory.mktemp("lightning"), {}
     for part in DOCUMENTED:
         torch.manual_seed(0)
-        module = Published(part, argparse.Namespace(lr=0.1, data=Path("/faces")), Trap(folder / "fired", touch))
+        module = Published(
+            part, argparse.Namespace(lr=0.1, data=Path("/faces")), Trap(folder / "executed", touch)
+        )
         train_and_save(module, folder / f"{part}.ckpt")
-        made[part] = folder / f"{part}.ckpt", module.network()
-    return made
+        files[part] = folder / f"{part}.ckpt", module.network()
+    return files
 
 
 @pytest.fixture(autouse=True)
-def nothing_fires(published):
-    """No test may run what a checkpoint holds."""
+def no_code_is_executed(published):
+    """No test may execute code of a checkpoint."""
     yield
-    assert not (published["model"][0].parent / "fired").exists()
+    assert not (published["model"][0].parent / "executed").exists()
 
 
 @torch.inference_mode()
@@ -127,73 +159,95 @@ def face_chip() -> Image.Image:
         return photo.convert("RGB").resize((512, 512 * height // width)).crop((130, 0, 330, 200))
 
 
-# ---------------------------------------------------------------------------------------------------- what is loaded
+# ----------------------------------------------------------------------------------- what is loaded
 @pytest.mark.parametrize("part, classes", [("model", ("African", "Asian", "Caucasian", "Indian")),
                                            ("resnet", ("White", "Black", "Asian", "Indian"))])
-def test_a_layout_gives_the_logits_of_its_documented_input(published, part, classes):
+def test_logits_of_a_layout_equal_those_of_its_documented_input(published, part, classes):
     path, network = published[part]
     with pytest.raises(Exception, match="Weights only"):
-        torch.load(path, weights_only=True)                     # the fixture does hold what is refused
+        torch.load(path, weights_only=True)                     # the fixture has refused objects
     checkpoint = load_checkpoint(path)
     spec, classifier = checkpoint.spec, checkpoint.classifier(torch.device("cpu"))
-    assert spec.classes == classes and checkpoint.calibration is None and checkpoint.metadata == {"epoch": 1}
+    assert (
+        spec.classes == classes
+        and checkpoint.calibration is None
+        and checkpoint.metadata == {"epoch": 1}
+    )
     assert checkpoint.weights.keys() == network.state_dict().keys()
     pictures, inputs = zip(*(picture_of(part, label) for label in range(4)), strict=True)
-    theirs = logits_of(network, torch.stack(inputs))
+    reference = logits_of(network, torch.stack(inputs))
     shown = TEMPLATE if part == "model" else spec.template
-    views = crop_views(torch.cat([bytes_of(picture) for picture in pictures]), spec.window, spec.input_size,
-                       spec.template, shown)
-    ours = logits_of(classifier, views)
+    views = crop_views(
+        torch.cat([bytes_of(picture) for picture in pictures]),
+        spec.window,
+        spec.input_size,
+        spec.template,
+        shown,
+    )
+    logits = logits_of(classifier, views)
     exact = logits_of(classifier, (torch.stack(inputs) + 1) * 127.5)
-    assert torch.allclose(exact, theirs, atol=1e-3)
-    assert torch.allclose(ours, theirs, atol=1e-3 if part == "model" else 0.1 * theirs.std().item())
-    assert len(set(theirs.argmax(1).tolist())) > 1
+    assert torch.allclose(exact, reference, atol=1e-3)
+    assert torch.allclose(
+        logits, reference, atol=1e-3 if part == "model" else 0.1 * reference.std().item()
+    )
+    assert len(set(reference.argmax(1).tolist())) > 1
 
 
-def test_a_chip_reaches_the_network_by_each_way_as_documented(published):
-    """As a chip, by landmarks that lie where an average chip has them, and by way of a crop of the usual template."""
+def test_three_ways_from_a_chip_to_the_network_agree(published):
+    """As a chip, aligned by the mean landmarks, and from a crop of the ArcFace template."""
     spec, chip = load_checkpoint(published["resnet"][0]).spec, face_chip()
-    theirs = (DOCUMENTED["resnet"](chip) + 1) * 127.5
+    reference = (DOCUMENTED["resnet"](chip) + 1) * 127.5
     pixels = bytes_of(chip)
-    where = pixels, torch.tensor([[200, 200]]), torch.zeros(1, dtype=torch.int64), torch.tensor([CHIP_LANDMARKS])
-    straight = crop_views(pixels, spec.window, spec.input_size, spec.template, spec.template)[0].float()
-    aligned = align_faces(*where, spec.window, spec.input_size, spec.template)[0].float()
-    assert (straight - aligned).abs().max() <= 1
-    assert (straight - theirs).abs().mean() < 2                 # grey levels: two ways of shrinking 200 pixels to 128
-    crop = align_faces(*where, WHOLE_TEMPLATE, 448)
+    face = (
+        pixels,
+        torch.tensor([[200, 200]]),
+        torch.zeros(1, dtype=torch.int64),
+        torch.tensor([CHIP_LANDMARKS]),
+    )
+    direct = crop_views(pixels, spec.window, spec.input_size, spec.template, spec.template)[
+        0
+    ].float()
+    aligned = align_faces(*face, spec.window, spec.input_size, spec.template)[0].float()
+    assert (direct - aligned).abs().max() <= 1
+    assert (
+        direct - reference
+    ).abs().mean() < 2  # grey levels: two ways of reducing 200 to 128 pixels
+    crop = align_faces(*face, WHOLE_TEMPLATE, 448)
     by_crop = crop_views(crop, spec.window, spec.input_size, spec.template)[0].float()
-    assert (by_crop - straight).abs().mean() < 5                # the two templates are no similarity of each other
+    assert (by_crop - direct).abs().mean() < 5  # no similarity maps one template to the other
     wrong = crop_views(pixels, spec.window, spec.input_size, spec.template)[0].float()
-    assert (wrong - straight).abs().mean() > 10                 # a chip is no crop of the usual template
+    assert (wrong - direct).abs().mean() > 10  # a chip is not a crop of the ArcFace template
 
 
-def test_in_a_labelled_set_a_chip_is_a_chip_unless_the_set_is_one_of_crops(published, tmp_path):
+def test_chips_of_a_labelled_set_are_chips_unless_it_is_aligned(published, tmp_path):
     spec, chip = load_checkpoint(published["resnet"][0]).spec, face_chip()
     chip.save(tmp_path / "chip.png")
-    for finished, shown in ((False, spec.template), (True, TEMPLATE)):
+    for is_aligned, crop_template in ((False, spec.template), (True, TEMPLATE)):
         view = ViewSpec(spec.window, spec.input_size, spec.template,
-                        None if finished else spec.chip_geometry)
-        policy = FacePolicy("central", "mean_landmarks", "never" if finished else "auto")
+                        None if is_aligned else spec.chip_geometry)
+        policy = FacePolicy("central", "mean_landmarks", "never" if is_aligned else "auto")
         batch, = align_photos([str(tmp_path / "chip.png")], MTCNN(), view, policy)
-        wanted = crop_views(bytes_of(chip), spec.window, spec.input_size, spec.template, shown)
+        expected = crop_views(bytes_of(chip), spec.window, spec.input_size, spec.template,
+                              crop_template)
         row, = batch.rows
-        assert row.aligned_by == "crop" and torch.equal(batch.views, wanted)
+        assert row.aligned_by == "crop" and torch.equal(batch.views, expected)
 
 
-def test_the_chip_template_is_that_of_112(published):
+def test_the_chip_template_is_scaled_to_112_pixels(published):
     spec = load_checkpoint(published["resnet"][0]).spec
     M = fit_similarity(torch.tensor([CHIP_LANDMARKS]), torch.tensor(spec.template))[0]
     assert torch.allclose(M[:, :2], torch.eye(2) * 112 / 200, atol=1e-5)
     corners = (M[:, :2] @ torch.tensor([[-0.5, 199.5], [-0.5, 199.5]]) + M[:, 2:]).tolist()
-    assert corners == [pytest.approx([-0.5, 111.5], abs=1e-4)] * 2       # the chip's edges are the template's
+    assert corners == [pytest.approx([-0.5, 111.5], abs=1e-4)] * 2       # the edges of the chip
 
 
-def test_a_spec_with_chips_survives_our_own_format(published, tmp_path):
+def test_a_spec_with_chips_is_saved_and_loaded(published, tmp_path):
     checkpoint = load_checkpoint(published["resnet"][0])
     save_checkpoint(tmp_path / "own.pt", checkpoint)
-    again = load_checkpoint(tmp_path / "own.pt")
-    assert again.spec == checkpoint.spec and again.spec.chip_geometry == (200, checkpoint.spec.template)
-    assert checkpoint.is_lightning and not again.is_lightning
+    loaded = load_checkpoint(tmp_path / "own.pt")
+    assert loaded.spec == checkpoint.spec
+    assert loaded.spec.chip_geometry == (200, checkpoint.spec.template)
+    assert checkpoint.is_lightning and not loaded.is_lightning
 
 
 def test_the_classifier_keeps_its_own_copy_of_the_weights(published):
@@ -205,37 +259,64 @@ def test_the_classifier_keeps_its_own_copy_of_the_weights(published):
     assert all(torch.equal(checkpoint.weights[key], value) for key, value in before.items())
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
-def test_what_can_not_be_passed_over_is_explained_in_a_line(tmp_path):
-    trap = Trap(tmp_path / "fired", os.system)
-    torch.save({"state_dict": resnet18(num_classes=4).state_dict(prefix="model."), "hyper_parameters": trap},
-               tmp_path / "trap.ckpt")
-    with pytest.raises(CheckpointError, match="if you trust the file, save its weights: python -c") as refusal:
+# ----------------------------------------------------------------------------------------- refusals
+def test_objects_that_cannot_be_ignored_are_explained_in_a_line(tmp_path):
+    trap = Trap(tmp_path / "executed", os.system)
+    torch.save(
+        {
+            "state_dict": resnet18(num_classes=4).state_dict(prefix="model."),
+            "hyper_parameters": trap,
+        },
+        tmp_path / "trap.ckpt",
+    )
+    with pytest.raises(
+        CheckpointError, match="if you trust the file, save its weights: python -c"
+    ) as refusal:
         load_checkpoint(tmp_path / "trap.ckpt")
     assert "\n" not in str(refusal.value) and not trap.path.exists()
 
 
-def test_objects_are_passed_over_in_lightning_files_alone(tmp_path):
+def test_objects_are_ignored_only_in_lightning_files(tmp_path):
     spec = FaceSpec(("a", "b"), TEMPLATE, WHOLE_TEMPLATE, 32)
-    save_checkpoint(tmp_path / "own.pt", Checkpoint(spec, FaceClassifier(spec).backbone.state_dict(),
-                                                    metadata={"args": Trap(tmp_path / "fired", touch)}))
+    save_checkpoint(
+        tmp_path / "own.pt",
+        Checkpoint(
+            spec,
+            FaceClassifier(spec).backbone.state_dict(),
+            metadata={"args": Trap(tmp_path / "executed", touch)},
+        ),
+    )
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint .*touch"):
         load_checkpoint(tmp_path / "own.pt")
-    assert not (tmp_path / "fired").exists()
+    assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content, found", [
-    ({"state_dict": {"backbone.conv1.weight": torch.zeros(1)}}, "found a state_dict of backbone.conv1.weight"),
-    ({"state_dict": {}}, "found a state_dict of no keys"),
-    ({"conv1.weight": 1, "bn1.weight": 2, "bn1.bias": 3, "fc.bias": 4},
-     r"found conv1.weight, bn1.weight, bn1.bias, ... \(4 keys\)"),
-    ({"format": 7}, "found format 7"), ([1, 2], "found a list")])
-def test_a_file_of_neither_kind_is_told_what_was_wanted(tmp_path, content, found):
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (
+            {"state_dict": {"backbone.conv1.weight": torch.zeros(1)}},
+            "found a state_dict of backbone.conv1.weight",
+        ),
+        ({"state_dict": {}}, "found a state_dict of no keys"),
+        (
+            {"conv1.weight": 1, "bn1.weight": 2, "bn1.bias": 3, "fc.bias": 4},
+            r"found conv1.weight, bn1.weight, bn1.bias, ... \(4 keys\)",
+        ),
+        ({"format": 7}, "found format 7"),
+        ([1, 2], "found a list"),
+    ],
+)
+def test_an_unknown_layout_is_refused_with_the_expected_ones(tmp_path, content, found):
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match=found) as refusal:
         load_checkpoint(tmp_path / "other.ckpt")
-    for wanted in ("format 1", "model.conv1.weight ... model.fc.bias", "resnet.conv1.weight ... resnet.fc.bias"):
-        assert wanted in str(refusal.value)
+    for expected in (
+        "format 1",
+        "model.conv1.weight ... model.fc.bias",
+        "resnet.conv1.weight ... resnet.fc.bias",
+    ):
+        assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -254,11 +335,24 @@ def test_a_network_of_another_shape_is_refused(tmp_path):
         load_checkpoint(tmp_path / "more.ckpt")
 
 
-# --------------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 def label(path: Path, source: Path, out: Path, *flags) -> dict[str, dict[str, str]]:
     """Rows of predictions.csv by file."""
-    infer.main(["--ckpt", str(path), "--input_dir", str(source), "--output_dir", str(out), "--device", "cpu",
-                "--num_workers", "0", *flags])
+    infer.main(
+        [
+            "--ckpt",
+            str(path),
+            "--input_dir",
+            str(source),
+            "--output_dir",
+            str(out),
+            "--device",
+            "cpu",
+            "--num_workers",
+            "0",
+            *flags,
+        ]
+    )
     return {row["file"]: row for row in read_predictions(out / "predictions.csv")}
 
 
@@ -273,22 +367,33 @@ def test_infer_labels_the_sample_and_finished_pictures(published, tmp_path, caps
     rows = label(path, source, tmp_path / "out", "--min_confidence", "0.0")
     assert {row["status"] for row in rows.values()} == {"ok"} and rows["astronaut.jpg"]["x1"]
     assert rows["finished.png"]["x1"] == "" and {row["set"] for row in rows.values()} == {""}
-    theirs = logits_of(network, inputs[None]).softmax(1)[0]
-    assert [float(rows["finished.png"][f"p_{name}"]) for name in names] == pytest.approx(theirs.tolist(), abs=0.05)
-    assert rows["finished.png"]["ethnicity"] == names[theirs.argmax()]
+    reference = logits_of(network, inputs[None]).softmax(1)[0]
+    assert [float(rows["finished.png"][f"p_{name}"]) for name in names] == pytest.approx(
+        reference.tolist(), abs=0.05
+    )
+    assert rows["finished.png"]["ethnicity"] == names[reference.argmax()]
     (source / "astronaut.jpg").unlink()
-    again = label(path, source, tmp_path / "never", "--align", "never", "--visualize")["finished.png"]
-    assert float(again["confidence"]) == pytest.approx(float(rows["finished.png"]["confidence"]), abs=1e-5)
+    unaligned = label(path, source, tmp_path / "never", "--align", "never", "--visualize")[
+        "finished.png"
+    ]
+    assert float(unaligned["confidence"]) == pytest.approx(
+        float(rows["finished.png"]["confidence"]), abs=1e-5
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         label(path, source, tmp_path / "doubt", "--target_error", "0.1")
     line = capsys.readouterr().err
-    assert stop.value.code == 2 and line.count("\n") == 1 and "--target_error" in line and "not calibrated" in line
+    assert (
+        stop.value.code == 2
+        and line.count("\n") == 1
+        and "--target_error" in line
+        and "not calibrated" in line
+    )
 
 
 @pytest.fixture
 def utk_named(tmp_path) -> Path:
-    """Finished crops in folders White, Black, Asian and Indian."""
+    """Aligned crops in folders White, Black, Asian and Indian."""
     for number, name in enumerate(("White", "Black", "Asian", "Indian")):
         (tmp_path / "named" / name).mkdir(parents=True)
         for i in range(3):
@@ -297,40 +402,73 @@ def utk_named(tmp_path) -> Path:
 
 
 def figures_of(path: Path, data: Path, out: Path, *flags) -> dict:
-    evaluate.main(["--ckpt", str(path), "--data", str(data), "--out_dir", str(out), "--device", "cpu", "--workers", "0",
-                   "--name", "named", *flags])
+    evaluate.main(
+        [
+            "--ckpt",
+            str(path),
+            "--data",
+            str(data),
+            "--out_dir",
+            str(out),
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--name",
+            "named",
+            *flags,
+        ]
+    )
     return json.loads((out / "named_metrics.json").read_text())
 
 
 def test_class_map_reports_across_vocabularies(published, utk_named, tmp_path, monkeypatch, capsys):
     path, network = published["model"]
-    wanted = dict.fromkeys([(a, b) for a in ("White", "Black", "Asian", "Indian")
+    expected = dict.fromkeys([(a, b) for a in ("White", "Black", "Asian", "Indian")
                             for b in ("Black", "Asian", "White", "Indian")], 0)
-    order = ("Black", "Asian", "White", "Indian")               # African, Asian, Caucasian, Indian of the network
+    order = (
+        "Black",
+        "Asian",
+        "White",
+        "Indian",
+    )  # African, Asian, Caucasian, Indian of the network
     for number, name in enumerate(("White", "Black", "Asian", "Indian")):
         for i in range(3):
-            answer = logits_of(network, picture_of("model", number, i)[1][None]).argmax().item()
-            wanted[name, order[answer]] += 1
+            prediction = logits_of(network, picture_of("model", number, i)[1][None]).argmax().item()
+            expected[name, order[prediction]] += 1
     with pytest.raises(SystemExit):
         figures_of(path, utk_named, tmp_path / "out")
-    assert "matches no class of the checkpoint (African, Asian, Caucasian, Indian)" in capsys.readouterr().err
-    first = figures_of(path, utk_named, tmp_path / "out", "--class_map", "Caucasian=White,African=Black")
+    assert (
+        "matches no class of the checkpoint (African, Asian, Caucasian, Indian)"
+        in capsys.readouterr().err
+    )
+    first = figures_of(
+        path, utk_named, tmp_path / "out", "--class_map", "Caucasian=White,African=Black"
+    )
     assert "no calibration" in capsys.readouterr().out
     assert first["classes"] == list(order)
-    assert first["confusion_matrix"] == [[wanted[a, b] for b in order] for a in order]
+    assert first["confusion_matrix"] == [[expected[a, b] for b in order] for a in order]
     for name in ("draw_confusion", "draw_reliability", "draw_risk"):
         monkeypatch.setattr(evaluate, name, lambda *args: None)
-    second = figures_of(path, utk_named, tmp_path / "out", "--class_map", "White=Caucasian,Black=African")
+    second = figures_of(
+        path, utk_named, tmp_path / "out", "--class_map", "White=Caucasian,Black=African"
+    )
     assert second["classes"] == ["African", "Asian", "Caucasian", "Indian"]
     assert second["confusion_matrix"] == first["confusion_matrix"]
 
 
-def test_class_map_renames_no_class_onto_another():
+def test_class_map_does_not_rename_a_class_to_an_existing_one():
     classes = ("White", "Black", "East_Asian", "Southeast_Asian")
     assert evaluate.report_classes(classes, None) == classes
     assert evaluate.report_classes(classes, {"White": "Black", "Black": "White"}) == classes
-    assert evaluate.report_classes(classes, {"East_Asian": "Asian", "Southeast_Asian": "Asian"}) == classes
-    assert evaluate.report_classes(classes, {"Caucasian": "White", "Black": "African"})[:2] == ("White", "African")
+    assert (
+        evaluate.report_classes(classes, {"East_Asian": "Asian", "Southeast_Asian": "Asian"})
+        == classes
+    )
+    assert evaluate.report_classes(classes, {"Caucasian": "White", "Black": "African"})[:2] == (
+        "White",
+        "African",
+    )
 
 
 def test_calibrating_leaves_the_lightning_file_alone(published, utk_named, tmp_path, monkeypatch):
@@ -349,12 +487,16 @@ def test_calibrating_leaves_the_lightning_file_alone(published, utk_named, tmp_p
 @pytest.mark.parametrize("command", [infer, evaluate])
 def test_the_default_checkpoint_is_found_from_any_folder(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = infer.build_parser().parse_args(["--output_dir", "out"]) if command is infer else evaluate.parse_args([])[1]
+    args = (
+        infer.build_parser().parse_args(["--output_dir", "out"])
+        if command is infer
+        else evaluate.parse_args([])[1]
+    )
     assert Path(args.ckpt).parent == ROOT / "checkpoints" and Path(args.ckpt).is_file()
     with pytest.raises(SystemExit):
         command.main(["--help"])
-    said = capsys.readouterr().out
-    assert cli.CHECKPOINT_NAME in " ".join(said.split()) and str(ROOT) not in said
+    help_text = capsys.readouterr().out
+    assert cli.CHECKPOINT_NAME in " ".join(help_text.split()) and str(ROOT) not in help_text
 
 
 def test_a_file_of_another_kind_is_refused_with_a_reason():

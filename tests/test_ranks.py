@@ -1,26 +1,32 @@
-"""The ranks' parts are the whole list, and merged parts are the whole file."""
+"""Slices of ranks, shared cores and devices; merged parts and atomic writes."""
 import os
 
 import pytest
 import torch
 
 from models.running.files import atomic_write, merge_parts
-from models.running.ranks import barrier, broadcast_from_rank0, init_distributed, per_local_rank, rank_slice
+from models.running.ranks import (
+    barrier,
+    broadcast_from_rank0,
+    init_distributed,
+    per_local_rank,
+    rank_slice,
+)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 64, 1001])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_parts_are_the_whole_list_in_order(n, world_size):
+def test_slices_of_all_ranks_are_the_list_in_order(n, world_size):
     parts = [rank_slice(n, rank, world_size) for rank in range(world_size)]
     assert [i for part in parts for i in part] == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_one_process_is_the_plain_case(monkeypatch):
+def test_a_single_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert init_distributed(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     barrier()
-    assert broadcast_from_rank0("mine") == "mine"
+    assert broadcast_from_rank0("value") == "value"
 
 
 def test_cores_are_shared_among_local_ranks(monkeypatch):
@@ -29,22 +35,32 @@ def test_cores_are_shared_among_local_ranks(monkeypatch):
     assert per_local_rank(2) == 1
 
 
-def test_a_numbered_device_becomes_the_current_one(monkeypatch):
+def test_a_device_with_an_index_becomes_the_current_one(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert init_distributed(torch.device("cuda:3")) == (0, 1, torch.device("cuda:3"))
     assert current == [torch.device("cuda:3")]
 
 
-@pytest.mark.parametrize(("ranks", "device", "backend"), [(2, "cuda:1", "nccl"), (8, "cuda:1", "gloo")])
+@pytest.mark.parametrize(
+    ("ranks", "device", "backend"), [(2, "cuda:1", "nccl"), (8, "cuda:1", "gloo")]
+)
 def test_ranks_share_the_devices_of_their_machine(ranks, device, backend, monkeypatch):
-    for name, value in {"RANK": 11, "WORLD_SIZE": 16, "LOCAL_RANK": ranks - 1, "LOCAL_WORLD_SIZE": ranks}.items():
+    for name, value in {
+        "RANK": 11,
+        "WORLD_SIZE": 16,
+        "LOCAL_RANK": ranks - 1,
+        "LOCAL_WORLD_SIZE": ranks,
+    }.items():
         monkeypatch.setenv(name, str(value))
     joined = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **given: joined.append(
-        (name, given["device_id"])))
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda name, **given: joined.append((name, given["device_id"])),
+    )
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 11)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
     chosen = torch.device(device)
@@ -57,7 +73,9 @@ def test_merged_parts_follow_the_header(tmp_path):
     for i, part in enumerate(parts):
         part.write_bytes(b"%d\n" % i * i)
     merge_parts(parts, tmp_path / "whole", b"head\n")
-    assert (tmp_path / "whole").read_bytes() == b"head\n" + b"".join(part.read_bytes() for part in parts)
+    assert (tmp_path / "whole").read_bytes() == b"head\n" + b"".join(
+        part.read_bytes() for part in parts
+    )
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
