@@ -139,7 +139,7 @@ def add_seed(parser: Parser, default: int, help: str = "seed of all random choic
 
 def add_num_workers(parser: Parser, help: str = "number of decoding processes (%(default)s)",
                     default: int | None = None) -> None:
-    """--num_workers (--workers, --n_threads); default: worker_count(), or None for an open choice."""
+    """--num_workers (--workers, --n_threads), at least 0; None leaves the choice to the command."""
     parser.add_argument("--num_workers", "--workers", "--n_threads", type=non_negative_int,
                         default=default, metavar="N", help=help)
 

@@ -4,12 +4,10 @@ Every function also works in a single process without a process group.
 """
 import os
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-T = TypeVar("T")
 
 # Ranks may finish hours apart. A rank that dies is noticed by torchrun, not by this timeout.
 GROUP_TIMEOUT = timedelta(days=7)
@@ -51,7 +49,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_from_rank0(value: T) -> T:
+def broadcast_from_rank0(value: Any) -> Any:
     """The `value` of rank 0, which can be any object that pickles, on every rank."""
     if not dist.is_initialized():
         return value
