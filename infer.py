@@ -12,8 +12,6 @@ Reads a checkpoint of train.py and every picture of the input. Writes to the out
 """
 import argparse
 import itertools
-import json
-import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -54,7 +52,7 @@ from models.faces.predictions import (
 )
 from models.faces.predictor import Predictor, network_batch_size
 from models.reports.grids import GridFace, GridLayout, draw_grid
-from models.reports.shares import estimate_shares, format_shares
+from models.reports.shares import report_shares
 from models.reports.tally import (
     GroupsError,
     GroupTable,
@@ -77,7 +75,6 @@ from models.running.parts import (
 from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
 
 PARTS = "infer_parts"       # folder of an unfinished run, in the output folder
-MIN_FACES = 20              # for fewer faces, shares are not estimated
 MAX_GRID_INCHES = 300       # 30,000 pixels a side at matplotlib's 100 pixels an inch
 CROP_BYTES = 3 * TEMPLATE_SIZE * TEMPLATE_SIZE
 
@@ -168,7 +165,8 @@ def main(argv: list[str] | None = None) -> None:
         tally = tally_predictions(run.output_dir / "predictions.csv", classes, args.by, groups)
         print_summary(tally, count_files(len(run.photos), run.open_chunks), seconds, classes)
         own_faces = label_reference(reference, labelling) if reference else None
-        report_shares(tally, checkpoint, own_faces, run.output_dir, with_groups=bool(args.by))
+        report_shares(tally, checkpoint.calibration, classes, run.output_dir,
+                      with_groups=bool(args.by), reference=own_faces)
         close_parts(run.folder)
     barrier()
     shutdown_distributed()
@@ -432,58 +430,6 @@ def label_reference(reference: FaceSet, labelling: Labelling) -> tuple[np.ndarra
     for i, row in enumerate(rows):
         probs[i] = row.probs.numpy()
     return probs, reference.labels.numpy()[[row.position for row in rows]]
-
-
-def report_shares(tally: Tally, checkpoint: Checkpoint,
-                  own_faces: tuple[np.ndarray, np.ndarray] | None, output_dir: Path,
-                  with_groups: bool) -> None:
-    """Prints and writes the estimated shares of the classes, of all faces and of each group.
-
-    own_faces: probabilities and labels of the faces of --reference.
-    """
-    for name in ("shares.json", "shares.png"):
-        (output_dir / name).unlink(missing_ok=True)
-    if reason := why_no_shares(len(tally.probs), checkpoint):
-        print(f"shares: {reason}")
-        return
-    if own_faces and not len(own_faces[1]):
-        print("--reference: no face was found, so the shares rest on validation faces alone")
-    calibration, classes = checkpoint.calibration, checkpoint.spec.classes
-    estimate = partial(estimate_shares, val_probs=calibration.val_probs.numpy(),
-                       val_labels=calibration.val_labels.numpy(), reference=own_faces)
-    report, groups = estimate(tally.probs), {}
-    for i, name in enumerate(tally.group_names):
-        if (tally.groups == i).sum() >= MIN_FACES:
-            groups[name] = estimate(tally.probs[tally.groups == i])
-    reports = {"all": report}
-    reports |= {f"group {printable(name)}": group for name, group in groups.items()}
-    for name, group in reports.items():
-        title = f"\n{name}\n" if with_groups else "\n"
-        print(title + format_shares(group, classes))
-    if n_small := len(tally.group_names) - len(groups):
-        print(f"{n_small} groups with fewer than {MIN_FACES} faces have no estimate of their own")
-    written = {"classes": classes, "all": report} | ({"groups": groups} if with_groups else {})
-    with atomic_write(output_dir / "shares.json") as temporary_path:
-        temporary_path.write_text(json.dumps(written, indent=1))
-    from models.reports.plots import draw_shares  # matplotlib is slow to import
-
-    draw_shares(reports, classes, output_dir / "shares.png")
-
-
-def printable(name: str) -> str:
-    """A group name that any output accepts: bytes that are not UTF-8 as \\xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def why_no_shares(n_faces: int, checkpoint: Checkpoint) -> str:
-    """The reason why no shares can be estimated, or ''."""
-    if n_faces < MIN_FACES:
-        verb = "face is" if n_faces == 1 else "faces are"
-        return f"{n_faces} {verb} too few for an estimate (at least {MIN_FACES})"
-    if checkpoint.calibration is None:
-        return ("the checkpoint is not calibrated, so its errors are unknown "
-                "(evaluate.py --calibrate)")
-    return ""
 
 
 if __name__ == "__main__":

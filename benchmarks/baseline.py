@@ -26,9 +26,9 @@ from models.data.decoding import PhotoError, decode_photo
 from models.faces.align import TEMPLATE, WHOLE_TEMPLATE, align_faces, crop_views
 from models.faces.checkpoint import Checkpoint
 from models.faces.image_pyramid import resize
-from models.faces.labelled import most_central_face
 from models.faces.mtcnn import WEIGHTS, Faces, logit
 from models.faces.mtcnn_networks import build_onet, build_pnet, build_rnet
+from models.faces.selection import most_central_faces
 
 THRESHOLDS = (0.6, 0.7, 0.8)        # least scores of P-, R- and O-Net
 PROCESSES = 2                       # of the plain builder, with a thread each
@@ -293,7 +293,7 @@ def build_part(chips: list[str], folder: Path, min_face_size: float, side: int, 
     for chip in chips:
         photo, _ = decode_photo(chip)
         faces = detector.detect(photo)
-        row = most_central_face(faces, torch.tensor([photo.shape[1:]]))
+        row = most_central_faces(faces, torch.tensor([photo.shape[1:]]))
         if row >= 0:
             face = Faces(faces.boxes[row], faces.scores[row], faces.landmarks[row], torch.zeros(1, dtype=torch.int64))
             crop = align_one(photo, face, WHOLE_TEMPLATE, side)[0].permute(1, 2, 0).numpy()

@@ -41,8 +41,8 @@ from tqdm import tqdm
 from evaluate import open_checkpoint, open_faceset
 from models.data.faceset import FaceSet
 from models.faces.checkpoint import Checkpoint
-from models.faces.labelled import align_set
 from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import ViewSpec, align_labelled_set
 from models.faces.predictions import label_name, read_predictions
 from models.reports.votes import ConsensusRule, VoteTable, apply_rule
 from models.running import cli
@@ -254,13 +254,13 @@ def extract_features(faces: FaceSet, checkpoint: Checkpoint, n_workers: int, dev
     backbone, spec = Backbone(checkpoint, device), checkpoint.spec
     features = np.zeros((len(faces), backbone.head.in_features), np.float32)
     predictions = np.full(len(faces), -1)
-    for batch in align_set(faces.paths(), faces.is_aligned, MTCNN().to(device), spec.window,
-                           spec.input_size, template=spec.template, chips=spec.chip_geometry,
-                           workers=n_workers, progress=split):
+    batches = align_labelled_set(faces.paths(), faces.is_aligned, MTCNN().to(device),
+                                 ViewSpec.of_checkpoint(spec), n_workers, split)
+    for batch in batches:
         outputs = backbone(batch.views.to(device))
         probs = checkpoint.probs(backbone.head(outputs).detach())
-        features[batch.positions] = outputs.cpu().numpy()
-        predictions[batch.positions] = probs.argmax(1).cpu().numpy()
+        features[batch.positions()] = outputs.cpu().numpy()
+        predictions[batch.positions()] = probs.argmax(1).cpu().numpy()
     is_classified = predictions >= 0
     return LabelledFeatures(features[is_classified], predictions[is_classified],
                             faces.labels.numpy()[is_classified])

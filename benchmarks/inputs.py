@@ -11,8 +11,8 @@ from PIL import Image
 from models.data.listing import list_images
 from models.faces.align import WHOLE_TEMPLATE
 from models.faces.checkpoint import Checkpoint, load_checkpoint
-from models.faces.labelled import align_set
 from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import ViewSpec, align_labelled_set
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Bench:
         if not target.exists():
             target.mkdir()
             chips, detector = self.chips(n), MTCNN(min_face_size=40).to(self.device)
-            for batch in align_set(chips, False, detector, WHOLE_TEMPLATE, size):
-                for position, view in zip(batch.positions, batch.views, strict=True):
+            for batch in align_labelled_set(chips, False, detector, ViewSpec(WHOLE_TEMPLATE, size)):
+                for position, view in zip(batch.positions(), batch.views, strict=True):
                     picture = Image.fromarray(view.permute(1, 2, 0).numpy())
                     picture.save(target / Path(chips[position]).name, quality=95, subsampling=0)
         return [str(target / name) for name in list_images(target)]

@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -36,21 +35,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from models.data.chunks import count_chunks, count_files
 from models.data.index import PhotoIndex, index_photos
 from models.data.listing import InputError
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import (
-    Predictor,
-    Row,
-    Settings,
-    classify_files,
-    count_chunks,
-    count_files,
+    Classification,
+    FacePolicy,
+    FaceRow,
+    Loading,
+    classify_photos,
     decode_workers,
-    network_batch,
 )
 from models.faces.predictions import label_name, quote_cell
+from models.faces.predictor import Predictor, network_batch_size
 from models.reports import consensus_yield
 from models.reports.consensus_yield import DuplicatePhotos
 from models.reports.prediction_blocks import (
@@ -71,8 +70,9 @@ from models.reports.votes import (
     sample_positions,
 )
 from models.running import cli
+from models.running.command import run_command
 from models.running.files import atomic_write
-from models.running.parts import PartsError, exit_if_finished, missing_parts, open_parts, part_path
+from models.running.parts import PartsError, close_parts, exit_if_finished, missing_parts, open_parts, part_path
 from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
 
 PARTS = "consensus_parts"           # folder of an unfinished run, in the output folder
@@ -197,7 +197,7 @@ def consensus_of_folder(photos: "SampledPhotos", classes: tuple[str, ...], outpu
                         person_folders(output.input_dir))
     write_results(votes, read_blocks, find_duplicates(photos, digests), output)
     photos.index.close()
-    shutil.rmtree(photos.folder)
+    close_parts(photos.folder)
 
 
 # -------------------------------------------------------------------------- labelling the sample
@@ -246,20 +246,21 @@ def label_sample(photos: SampledPhotos, checkpoint: Checkpoint, args: Namespace,
     missing = missing_parts(photos.folder, count_chunks(len(photos)), "npz")
     chunks = [missing[i] for i in rank_slice(len(missing), rank, world_size)]
     n_files = count_files(len(photos), chunks)
-    settings = Settings(args.align, "largest", max_side=args.max_side,
-                        batch_size=args.batch_size or network_batch(device),
-                        workers=decode_workers(args.num_workers, n_files, device))
+    loading = Loading(num_workers=decode_workers(args.num_workers, n_files, device),
+                      max_side=args.max_side)
+    classification = Classification(args.batch_size or network_batch_size(device))
     detector = MTCNN(min_face_size=args.min_face_size).to(device) if args.align != "never" else None
     predictor = Predictor(checkpoint, device)
     with tqdm(total=n_files, unit=" photos", disable=rank != 0, smoothing=0.05) as bar:
-        labelled = classify_files(photos, predictor, detector, settings, chunks) if chunks else ()
+        labelled = classify_photos(photos, predictor, detector, FacePolicy(align=args.align),
+                                   loading, classification, chunks=chunks)
         for chunk, rows in labelled:
             write_part(part_path(photos.folder, chunk, "npz"), rows, photos)
             bar.update(len(rows))
     photos.index.close()
 
 
-def write_part(path: Path, rows: list[Row], photos: SampledPhotos) -> None:
+def write_part(path: Path, rows: list[FaceRow], photos: SampledPhotos) -> None:
     """Writes the prediction and the digest of each photo of a chunk."""
     predictions = [int(row.probs.argmax()) if row.status == "ok" else NO_FACE for row in rows]
     digests = [digest_file(photos[row.position]) for row in rows]
@@ -396,4 +397,4 @@ def quote_bytes(cell: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "--resume finishes the run")

@@ -29,8 +29,8 @@ from sklearn.svm import SVC
 
 from models.data.faceset import FaceSet, FaceSetError
 from models.data.splits import leakage_groups, read_training_sets
-from models.faces.labelled import align_set
 from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import ViewSpec, align_labelled_set
 from models.running import cli
 from models.running.files import atomic_write
 
@@ -74,13 +74,15 @@ def number_groups(faces: FaceSet, num_workers: int) -> np.ndarray:
 def embed(faces: FaceSet, embedder, num_workers: int) -> tuple[np.ndarray, dict[int, str]]:
     """Embeddings (N, 128) float64, and by row the reasons why pictures are unreadable."""
     embeddings, reasons = np.full((len(faces), 128), np.nan), {}
-    batches = align_set(faces.paths(), faces.is_aligned, MTCNN(min_face_size=40), CHIP_WINDOW,
-                        CHIP_SIZE, workers=num_workers, progress=f"embeddings of {faces.root}")
+    batches = align_labelled_set(faces.paths(), faces.is_aligned, MTCNN(min_face_size=40),
+                                 ViewSpec(CHIP_WINDOW, CHIP_SIZE), num_workers,
+                                 f"embeddings of {faces.root}")
     for batch in batches:
-        reasons |= {row: f"{status}: {reason}" for row, status, reason in batch.failures}
-        if batch.positions:
+        reasons |= {failure.position: f"{failure.status}: {failure.error}"
+                    for failure in batch.failures}
+        if batch.rows:
             chips = list(batch.views.permute(0, 2, 3, 1).contiguous().numpy())
-            embeddings[batch.positions] = embedder.compute_face_descriptor(chips, 0)
+            embeddings[batch.positions()] = embedder.compute_face_descriptor(chips, 0)
     return embeddings, reasons
 
 

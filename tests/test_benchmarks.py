@@ -24,7 +24,7 @@ from models.faces.align import TEMPLATE, TEMPLATE_SIZE, crop_views
 from models.faces.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.faces.classifier import FaceClassifier, FaceSpec
 from models.faces.mtcnn import MTCNN, Faces
-from models.faces.pipeline import Predictor
+from models.faces.predictor import Predictor
 
 SAMPLES = ROOT / "facesets" / "samples"
 SMALL = Sizes(runs=1, chips=4, photos=4, agreed=3, crops=6, plain_crops=6, built=8, plain_built=4)

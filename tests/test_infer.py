@@ -29,7 +29,8 @@ from models.faces.predictions import (
     read_predictions,
 )
 from models.faces.predictor import Predictor, fuse_batch_norm
-from models.reports.shares import distinct_faces
+from models.reports import shares
+from models.reports.shares import distinct_faces, no_shares_reason
 from models.reports.tally import Tally, read_groups, tally_predictions
 
 CLASSES = ("White", "Black", "East Asian", "Indian")
@@ -55,7 +56,7 @@ def ckpt(tmp_path_factory) -> Path:
 def without_shares(request, monkeypatch):
     """Estimating and drawing shares takes longest of all on a few crops: only tests of them do it."""
     if "shares" not in request.node.name:
-        monkeypatch.setattr(infer, "MIN_FACES", 1000)
+        monkeypatch.setattr(shares, "MIN_FACES", 1000)
 
 
 @pytest.fixture(scope="session")
@@ -341,7 +342,7 @@ def test_shares_notice_repeated_pictures_in_a_written_table(tmp_path):
 def test_one_face_gives_no_shares(ckpt):
     for n, said in ((0, "0 faces are too few"), (1, "1 face is too few")):
         tally = Tally(None, None, np.zeros((n, 4)), np.zeros(n, np.int32), [])
-        assert infer.why_no_shares(len(tally.probs), load_checkpoint(ckpt)).startswith(said)
+        assert no_shares_reason(len(tally.probs)).startswith(said)
 
 
 def test_shares_learn_from_labelled_pictures_of_ones_own(tmp_path, ckpt, crops, capsys):

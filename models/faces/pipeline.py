@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models.data.batches import (
     PhotoBatch,
@@ -37,6 +38,7 @@ from models.running.ranks import per_local_rank
 from models.running.threads import OrderedThreadPool
 
 FEW_FILES = 64              # for fewer, starting decoding workers takes longer than they save
+LABELLED_SET_BATCH = 32     # pictures of a labelled set that are decoded together
 VIEW_BYTES = 1 << 27        # views rendered at a time, unless one photograph alone has more
 
 
@@ -199,6 +201,25 @@ def align_photos(photos, detector: nn.Module | None, view: ViewSpec, policy: Fac
         landmarks = mean.mean()
         yield from pool.ordered_map(
             lambda batch: align_by_mean(batch, n_chunks, landmarks, view, device), batches)
+
+
+def align_labelled_set(paths: list[str], is_aligned: bool, detector: nn.Module, view: ViewSpec,
+                       num_workers: int = 0, progress: str | None = None) -> Iterator[AlignedBatch]:
+    """Aligned views of every picture of a labelled set, one face each, as a stream.
+
+    is_aligned: the pictures are finished crops of the ArcFace template. Otherwise the most central
+    large face is aligned, and pictures without one are aligned by the mean landmarks of the others.
+    progress: title of a progress bar.
+    """
+    policy = FacePolicy("central", "mean_landmarks", "never" if is_aligned else "auto")
+    if is_aligned:
+        view = replace(view, chips=None)
+    loading = Loading(LABELLED_SET_BATCH, num_workers)
+    with tqdm(total=len(paths), desc=progress, disable=progress is None, unit=" pictures",
+              smoothing=0.05) as bar:
+        for batch in align_photos(paths, detector, view, policy, loading):
+            bar.update(len(batch.rows) + len(batch.failures))
+            yield batch
 
 
 def usable_workers(loading: Loading) -> int:
@@ -421,31 +442,3 @@ def classify_batch(batch: AlignedBatch, predictor: Predictor,
         for row, row_logits, row_probs in zip(batch.rows, logits.cpu(), probs, strict=True):
             row.logits, row.probs = row_logits, row_probs
     return replace(batch, views=torch.zeros(0))
-
-
-# ------------------------------------------------------------- temporary names, until their callers
-Row = FaceRow
-
-
-@dataclass
-class Settings:
-    align: str = "auto"
-    faces: str = "largest"
-    flip: bool = False
-    batch_size: int = 16
-    workers: int = 0
-    max_side: int | None = 3000
-    crops: bool = False
-
-
-def classify_files(photos, predictor, detector, settings, chunks=None):
-    yield from classify_photos(
-        photos, predictor, detector, FacePolicy(settings.faces, align=settings.align),
-        Loading(num_workers=settings.workers, max_side=settings.max_side),
-        Classification(settings.batch_size, settings.flip), chunks=chunks,
-        view=ViewSpec.of_checkpoint(predictor.spec, settings.crops))
-
-
-from models.data.chunks import count_files  # noqa: E402, F401
-from models.faces.predictor import network_batch_size as network_batch  # noqa: E402, F401
-from models.faces.selection import rank_by_size  # noqa: E402, F401

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from models.data.faceset import FaceSet
 from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, crop_views
-from models.faces.labelled import align_set
 from models.faces.mtcnn import MTCNN
+from models.faces.pipeline import ViewSpec, align_labelled_set
 from models.running.ranks import per_local_rank
 from models.training.auxiliary import aux_targets
 from models.training.process import Process
@@ -65,13 +65,16 @@ def load_set(faces: FaceSet, title: str, resolution: int, process: Process, num_
     detector = MTCNN(min_face_size=MIN_FACE_SIZE).to(process.device)
     pixels = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
     is_readable, n_faceless = torch.ones(len(faces), dtype=torch.bool), 0
-    for batch in align_set(faces.paths(), faces.is_aligned, detector, WHOLE_TEMPLATE, resolution,
-                           workers=num_workers, progress=title if process.is_main else None):
-        pixels[batch.positions] = batch.views
-        n_faceless += len(batch.positions) if batch.aligned_by == "template" else 0
-        for position, status, reason in batch.failures:
-            is_readable[position] = False
-            tqdm.write(f"left out: {faces.files[position]}: {status}: {reason}")
+    batches = align_labelled_set(faces.paths(), faces.is_aligned, detector,
+                                 ViewSpec(WHOLE_TEMPLATE, resolution), num_workers,
+                                 title if process.is_main else None)
+    for batch in batches:
+        pixels[batch.positions()] = batch.views.cpu()
+        n_faceless += sum(row.aligned_by == "template" for row in batch.rows)
+        for failure in batch.failures:
+            is_readable[failure.position] = False
+            tqdm.write(f"left out: {faces.files[failure.position]}: {failure.status}: "
+                       f"{failure.error}")
     if n_faceless and process.is_main:
         print(f"{title}: no face detected in {n_faceless} of {len(faces)} pictures; "
               "they are aligned by the mean landmarks of the others")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from models.data.faceset import FaceSet
 from models.faces.align import crop_views
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from models.faces.pipeline import Predictor, network_batch
+from models.faces.predictor import Predictor, network_batch_size
 from models.training.crops import Crops
 from models.training.process import Process
 
@@ -117,7 +117,7 @@ def teacher_probabilities(teacher: Checkpoint, crops: Tensor, process: Process) 
     x0, y0, x1, y1 = spec.window
     tight = (x0 + inset, y0 + inset, x1 - inset, y1 - inset)
     probs = torch.empty(len(crops), len(spec.classes))
-    batches = torch.arange(len(crops)).split(network_batch(process.device))
+    batches = torch.arange(len(crops)).split(network_batch_size(process.device))
     for rows in tqdm(batches, desc="teacher", disable=not process.is_main, unit="batch"):
         pixels = crops[rows].to(process.device)
         views = [crop_views(pixels, window, spec.input_size, spec.template)

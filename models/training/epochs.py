@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.faces.classifier import FaceClassifier
-from models.faces.pipeline import network_batch
+from models.faces.predictor import network_batch_size
 from models.reports.metrics import confusion_matrix
 from models.training.augmentation import mix_up
 from models.training.auxiliary import AUX_OUTPUTS
@@ -110,7 +110,7 @@ def predict_logits(model: FaceClassifier, views: Tensor) -> Tensor:
     """Class logits (n, C) float32 on the CPU, without those of the auxiliary heads."""
     device, n_classes = model.scale.device, len(model.spec.classes)
     return torch.cat([model(batch.to(device))[:, :n_classes].float().cpu()
-                      for batch in views.split(network_batch(device))])
+                      for batch in views.split(network_batch_size(device))])
 
 
 def validate(model: FaceClassifier, views: Tensor, labels: Tensor,
