@@ -69,10 +69,9 @@ from models.reports.votes import (
     number_people,
     sample_positions,
 )
-from models.running import cli
+from models.running import cli, parts
 from models.running.command import run_command
 from models.running.files import atomic_write
-from models.running.parts import PartsError, close_parts, exit_if_finished, missing_parts, open_parts, part_path
 from models.running.ranks import barrier, init_distributed, rank_slice, shutdown_distributed
 
 PARTS = "consensus_parts"           # folder of an unfinished run, in the output folder
@@ -154,7 +153,7 @@ def open_output(parser: cli.Parser, args: Namespace) -> Output:
     """The output folder, which must not hold earlier results unless they may be replaced."""
     folder = cli.output_folder(parser, "--output_dir", args.output_dir)
     if args.resume:
-        exit_if_finished(parser, folder / PARTS, folder / "people.csv")
+        parts.exit_if_finished(parser, folder / PARTS, folder / "people.csv")
     else:
         cli.refuse_existing(parser, "--output_dir", [folder / name for name in RESULTS],
                             args.overwrite)
@@ -197,7 +196,7 @@ def consensus_of_folder(photos: "SampledPhotos", classes: tuple[str, ...], outpu
                         person_folders(output.input_dir))
     write_results(votes, read_blocks, find_duplicates(photos, digests), output)
     photos.index.close()
-    close_parts(photos.folder)
+    parts.close_parts(photos.folder)
 
 
 # -------------------------------------------------------------------------- labelling the sample
@@ -223,8 +222,8 @@ def open_sample(parser: cli.Parser, args: Namespace, folder: Path, rank: int) ->
     """The sample of every person's photos; rank 0 first indexes the photos or resumes a run."""
     flags = ("input_dir", "max_images", "seed", "align", "min_face_size", "max_side", "batch_size")
     run_flags = {name: getattr(args, name) for name in flags} | {"ckpt": digest_file(args.ckpt)}
-    open_parts(parser, folder, run_flags, lambda folder: index_people(args.input_dir, folder), rank,
-               resume=args.resume, overwrite=args.overwrite)
+    parts.open_parts(parser, folder, run_flags, partial(index_people, args.input_dir), rank,
+                     resume=args.resume, overwrite=args.overwrite)
     return SampledPhotos(folder, args.max_images, args.seed)
 
 
@@ -233,17 +232,17 @@ def index_people(input_dir: str, folder: Path) -> None:
     try:
         index = index_photos(folder, [input_dir])
     except InputError as error:
-        raise PartsError(f"--input_dir {error}") from None
+        raise parts.PartsError(f"--input_dir {error}") from None
     has_people = any("/" in index.name(i) for i in range(len(index)))
     index.close()
     if not has_people:
-        raise PartsError(f"--input_dir {input_dir}: no photo lies in a person's folder")
+        raise parts.PartsError(f"--input_dir {input_dir}: no photo lies in a person's folder")
 
 
 def label_sample(photos: SampledPhotos, checkpoint: Checkpoint, args: Namespace, rank: int,
                  world_size: int, device: torch.device) -> None:
     """Classifies this rank's chunks of the sample and writes a part for each chunk."""
-    missing = missing_parts(photos.folder, count_chunks(len(photos)), "npz")
+    missing = parts.missing_parts(photos.folder, count_chunks(len(photos)), "npz")
     chunks = [missing[i] for i in rank_slice(len(missing), rank, world_size)]
     n_files = count_files(len(photos), chunks)
     loading = Loading(num_workers=decode_workers(args.num_workers, n_files, device),
@@ -255,7 +254,7 @@ def label_sample(photos: SampledPhotos, checkpoint: Checkpoint, args: Namespace,
         labelled = classify_photos(photos, predictor, detector, FacePolicy(align=args.align),
                                    loading, classification, chunks=chunks)
         for chunk, rows in labelled:
-            write_part(part_path(photos.folder, chunk, "npz"), rows, photos)
+            write_part(parts.part_path(photos.folder, chunk, "npz"), rows, photos)
             bar.update(len(rows))
     photos.index.close()
 
@@ -281,7 +280,7 @@ def read_parts(folder: Path, n_photos: int) -> tuple[np.ndarray, np.ndarray]:
     """Predictions (n,) uint8 and digests (n,) uint64 of the sample."""
     predictions, digests = [], []
     for chunk in range(count_chunks(n_photos)):
-        with np.load(part_path(folder, chunk, "npz")) as part:
+        with np.load(parts.part_path(folder, chunk, "npz")) as part:
             predictions.append(part["predictions"])
             digests.append(part["digests"])
     return np.concatenate(predictions).astype(np.uint8), np.concatenate(digests)

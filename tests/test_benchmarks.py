@@ -1,4 +1,4 @@
-"""benchmarks/: plain and fast procedures agree, and the figures are computed correctly; no timings."""
+"""benchmarks/: plain and fast procedures agree, the figures are correct; nothing is timed."""
 import csv
 import json
 import os
@@ -46,7 +46,8 @@ def bench_in(folder: Path, data: Path, ckpt: str) -> Bench:
 
 def boxes_of(*boxes) -> Faces:
     rows = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
-    return Faces(rows, torch.ones(len(rows)), rows[:, None, :2].expand(-1, 5, -1), torch.zeros(len(rows)).long())
+    landmarks = rows[:, None, :2].expand(-1, 5, -1)
+    return Faces(rows, torch.ones(len(rows)), landmarks, torch.zeros(len(rows)).long())
 
 
 def pictures(faces_data: Path, archive: str, every: int) -> list[torch.Tensor]:
@@ -95,7 +96,8 @@ def test_plain_and_batched_classification_agree(tmp_path, ckpt):
 
 def test_one_view_alone_and_in_a_batch(ckpt):
     checkpoint = load_checkpoint(ckpt)
-    views = crop_views(torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8), checkpoint.spec.window, 112)
+    crops = torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8)
+    views = crop_views(crops, checkpoint.spec.window, 112)
     predictor = Predictor(checkpoint, torch.device("cpu"))
     together = predictor.probs(views)
     plain = baseline.PlainClassifier(checkpoint)
@@ -118,13 +120,15 @@ def test_photographs_end_to_end_agree_one_by_one(tmp_path, ckpt, faces_data):
 def test_pictures_are_unpacked_evenly_and_once(tmp_path, ckpt, faces_data):
     bench = bench_in(tmp_path, faces_data, ckpt)
     chips = bench.chips(12)
-    assert len(chips) == 12 == len(set(chips)) and {Path(chip).name.split("_")[2] for chip in chips} <= set("0123")
+    assert len(chips) == 12 == len(set(chips))
+    assert {Path(chip).name.split("_")[2] for chip in chips} <= set("0123")
     assert bench.chips(12) == chips
     assert len(bench.crops(12, 56)) == 12
 
 
 def test_suppression_keeps_the_best_of_overlapping_boxes():
-    boxes = torch.tensor([[0., 0, 99, 99], [5, 5, 104, 104], [200, 0, 299, 99], [20, 20, 40, 40]]).numpy()
+    boxes = torch.tensor([[0., 0, 99, 99], [5, 5, 104, 104], [200, 0, 299, 99],
+                          [20, 20, 40, 40]]).numpy()
     scores = torch.tensor([1., 2, 3, 0.5]).numpy()
     assert baseline.suppress(boxes, scores, 0.7).tolist() == [2, 1, 3]
     assert baseline.suppress(boxes, scores, 0.7, of_smaller=True).tolist() == [2, 1]
@@ -141,16 +145,18 @@ def test_same_faces_counts_faces_of_both_procedures():
 
 def test_same_labels_separates_near_ties_from_clear_differences(tmp_path):
     ours, plain = tmp_path / "predictions.csv", tmp_path / "plain.csv"
-    rows = [("a.jpg", "ok", .70, .30), ("b.jpg", "ok", .51, .49), ("c.jpg", "ok", .8, .2), ("d.jpg", "no_face", "", "")]
-    theirs = [("a.jpg", "ok", .71, .29), ("b.jpg", "ok", .49, .51), ("c.jpg", "ok", .2, .8), ("d.jpg", "ok", .9, .1)]
-    for path, table, head in ((ours, rows, ["face", "confidence"]), (plain, theirs, [])):
+    rows = [("a.jpg", "ok", .70, .30), ("b.jpg", "ok", .51, .49), ("c.jpg", "ok", .8, .2),
+            ("d.jpg", "no_face", "", "")]
+    plain_rows = [("a.jpg", "ok", .71, .29), ("b.jpg", "ok", .49, .51), ("c.jpg", "ok", .2, .8),
+                  ("d.jpg", "ok", .9, .1)]
+    for path, table, head in ((ours, rows, ["face", "confidence"]), (plain, plain_rows, [])):
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "status", "p_A", "p_B", "ethnicity", *head])
             writer.writerows((*row, "", *[""] * len(head)) for row in table)
     agreement = same_labels(ours, plain)
-    assert {name: agreement[name] for name in ("files", "faces", "other_status", "other_label", "near_ties")} == {
-        "files": 4, "faces": 3, "other_status": 1, "other_label": 2, "near_ties": 1}
+    counts = {name: n for name, n in agreement.items() if name != "largest_difference"}
+    assert counts == {"files": 4, "faces": 3, "other_status": 1, "other_label": 2, "near_ties": 1}
     assert agreement["largest_difference"] == pytest.approx(0.6)
     assert [bar.met for bar in agreement_bars("x", agreement)] == [False, False, False]
 
@@ -173,7 +179,8 @@ def test_procedures_take_turns_after_a_warm_up():
 
 def test_peak_memory_counts_a_command_and_its_children():
     code = "x = bytearray(80_000_000); import time; time.sleep(0.6)"
-    nested = f"import subprocess, sys; x = bytearray(60_000_000); subprocess.run([sys.executable, '-c', {code!r}])"
+    nested = ("import subprocess, sys; x = bytearray(60_000_000); "
+              f"subprocess.run([sys.executable, '-c', {code!r}])")
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is read from Linux's /proc")
     assert 133 < peak_of_tree([sys.executable, "-c", nested]) < 200
@@ -186,7 +193,8 @@ def test_main_prints_bars_and_writes_json(tmp_path, ckpt, monkeypatch, capsys):
     result = Result(figures)
     result.compare("ratio", *figures, 10.0)
     monkeypatch.setitem(run.ENTRIES, "start", lambda bench: result)
-    monkeypatch.setattr(run, "call_alone", lambda function, *args: function(*args))     # a lambda cannot be sent
+    # A lambda cannot be sent to another process.
+    monkeypatch.setattr(run, "call_alone", lambda function, *args: function(*args))
     out = tmp_path / "results.json"
     run.main(["--only", "start", "--data", str(tmp_path), "--ckpt", ckpt, "--out", str(out)])
     assert "| ratio | at least 10 | 8 | **no** |" in capsys.readouterr().out

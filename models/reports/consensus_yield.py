@@ -31,7 +31,7 @@ def yield_report(votes: VoteTable, decisions: Decisions, n_images: list[int],
             "images_of_nobody": votes.n_outside,
             "threshold": rule.threshold, "strict": rule.strict, "max_images": rule.max_images,
             "min_images": rule.min_images, "seed": rule.seed, "per_class": per_class,
-            "loses_most": max(dropped_shares, key=dropped_shares.get) if dropped_shares else None,
+            "loses_most": max(dropped_shares, key=lambda name: dropped_shares[name], default=None),
             "empty_classes": [name for name, row in per_class.items() if not row["kept"]],
             "dropped_because": {reason: int((decisions.reasons == i).sum())
                                 for i, reason in enumerate(REASONS) if reason},

@@ -94,10 +94,10 @@ def split_unquoted(block: bytes, columns: list[str]) -> tuple[np.ndarray, list[S
         return None
     text = np.frombuffer(block + bytes(8), np.uint8)
     newlines = np.flatnonzero(text == ord("\n"))
-    commas = np.flatnonzero(text == ord(","))
-    if len(commas) != len(newlines) * (len(columns) - 1):
+    all_commas = np.flatnonzero(text == ord(","))
+    if len(all_commas) != len(newlines) * (len(columns) - 1):
         return None
-    commas = commas.reshape(len(newlines), -1)
+    commas: np.ndarray = all_commas.reshape(len(newlines), -1)
     row_starts = np.concatenate([[0], newlines[:-1] + 1])
     if (commas[:, 0] < row_starts).any() or (commas[:, -1] > newlines).any():
         return None
@@ -166,7 +166,7 @@ def index_blocks(index: PhotoIndex, positions: np.ndarray | None = None,
         text = np.concatenate([names[base:end], np.zeros(8, np.uint8)])
         starts = rows["start"] - base
         codes = np.full(len(rows), NOT_CLASSIFIED, np.uint8)
-        if positions is not None:
+        if positions is not None and predictions is not None:
             is_inside = (positions >= first) & (positions < first + len(rows))
             codes[positions[is_inside] - first] = predictions[is_inside]
         yield PhotoBlock(text, starts, starts + rows["length"], codes)

@@ -3,7 +3,7 @@
 At most `max_images` random photos of a person vote. A person's sample depends on the seed, the
 person and the file names only, so neither other people nor the order of a table change it.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +87,7 @@ class VoteTable:
 
 
 def count_votes(read_blocks: Callable[[], Iterator[PhotoBlock]], classes: list[bytes],
-                max_images: int, seed: int, further_people: list[bytes] = ()) -> VoteTable:
+                max_images: int, seed: int, further_people: Iterable[bytes] = ()) -> VoteTable:
     """The votes of every person's sample. A photo takes 8 bytes of memory, a person about 300.
 
     further_people: people to list even without a photo. Raises ValueError for too many people.
