@@ -18,12 +18,14 @@ def hold_out(faces: FaceSet, share: float, seed: int, num_workers: int = 0,
     validation could not tell which one is right. Rank 0 reads the pictures for all ranks.
     """
     groups = broadcast_from_rank0(leakage_groups(faces, num_workers) if rank == 0 else None)
+    assert groups is not None           # rank 0's
     names_by_label: dict[int, list[str]] = {}
     for name in sorted(groups):
         labels = set(faces.labels[groups[name]].tolist())
         if len(labels) == 1:
             names_by_label.setdefault(labels.pop(), []).append(name)
-    generator, val_rows = torch.Generator().manual_seed(seed), set()
+    generator = torch.Generator().manual_seed(seed)
+    val_rows: set[int] = set()
     for _, names in sorted(names_by_label.items()):
         order = torch.randperm(len(names), generator=generator).tolist()
         for i in order[:max(1, round(share * len(names)))] if len(names) > 1 else ():
@@ -53,7 +55,9 @@ def read_training_sets(roots: list[str], class_map: dict[str, str], val_share: f
 
     A set without a val folder is split by hold_out. Raises FaceSetError.
     """
-    train_sets, val_sets, classes = [], [], None
+    train_sets: list[FaceSet] = []
+    val_sets: list[FaceSet] = []
+    classes = None
     for root in roots:
         faces = read_faceset(root, "train", class_map, classes)
         classes = faces.classes
@@ -67,8 +71,10 @@ def read_training_sets(roots: list[str], class_map: dict[str, str], val_share: f
             train, val = hold_out(faces, val_share, seed, num_workers, rank)
         train_sets.append(train)
         val_sets.append(val)
+    classes = train_sets[0].classes
     for name, sets in (("train", train_sets), ("validation", val_sets)):
-        counts = sum(torch.bincount(faces.labels, minlength=len(classes)) for faces in sets)
+        labels = torch.cat([faces.labels for faces in sets])
+        counts = torch.bincount(labels, minlength=len(classes))
         if (counts == 0).any():
             raise FaceSetError(f"no {name} picture of class {classes[int(counts.argmin())]}")
     return train_sets, val_sets

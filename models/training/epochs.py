@@ -36,9 +36,10 @@ def training_loss(outputs: Tensor, targets: Tensor, n_classes: int,
 
     A target row of zeros (unknown age or gender) adds nothing to loss and gradient.
     """
-    widths, weights = (n_classes,), (1.0,)
+    widths, weights = [n_classes], [1.0]
     if settings.aux_weight:
-        widths, weights = widths + AUX_OUTPUTS, weights + (settings.aux_weight,) * len(AUX_OUTPUTS)
+        widths += AUX_OUTPUTS
+        weights += [settings.aux_weight] * len(AUX_OUTPUTS)
     loss = outputs.new_zeros(())
     heads = zip(weights, outputs.split(widths, 1), targets.split(widths, 1), strict=True)
     for weight, logits, target in heads:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from models.faces.classifier import FaceClassifier
 
@@ -29,7 +30,7 @@ def choose_amp_dtype(model: FaceClassifier, input_size: int,
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             trial(views).float().sum().backward()
         seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-    return min(seconds, key=seconds.get)
+    return min(seconds, key=lambda dtype: seconds[dtype])
 
 
 class WeightGradientByTaps(torch.autograd.Function):
@@ -49,8 +50,7 @@ class WeightGradientByTaps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         maps, weight = ctx.saved_tensors
-        maps_gradient = torch.nn.grad.conv2d_input(maps.shape, weight, gradient, ctx.stride,
-                                                   ctx.padding)
+        maps_gradient = conv2d_input(maps.shape, weight, gradient, ctx.stride, ctx.padding)
         height, width = gradient.shape[2:]
         (stride_y, stride_x), (top, left) = ctx.stride, ctx.padding
         padded = F.pad(maps, (left, left, top, top)).permute(0, 2, 3, 1)        # (B, h, w, inputs)
@@ -80,8 +80,9 @@ def replace_small_map_convolutions(model: FaceClassifier) -> None:
     for module in list(model.backbone.layer4.modules()):
         for name, conv in module.named_children():
             if isinstance(conv, nn.Conv2d):
-                fast = SmallMapConv2d(conv.in_channels, conv.out_channels, conv.kernel_size,
-                                      conv.stride, conv.padding, bias=False, device="meta")
+                geometry: Any = conv.kernel_size, conv.stride, conv.padding
+                fast = SmallMapConv2d(conv.in_channels, conv.out_channels, *geometry,
+                                      bias=False, device="meta")
                 fast.weight = conv.weight
                 setattr(module, name, fast)
 
@@ -109,7 +110,9 @@ class CapturedNetwork(nn.Module):
             buffer.copy_(value)     # the capture updated batch norm's statistics with zeros
 
     def forward(self, views: Tensor) -> Tensor:
-        return self.captured(views) if len(views) == self.batch_size else self.model(views)
+        is_captured = len(views) == self.batch_size
+        logits: Tensor = self.captured(views) if is_captured else self.model(views)
+        return logits
 
 
 def accelerate(model: FaceClassifier, input_size: int, amp_dtype: torch.dtype | None,

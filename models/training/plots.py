@@ -28,6 +28,7 @@ def draw_losses(log: Path, path: Path) -> None:
             loss_axes.annotate(f"{row['input_size']} px",
                                (row["epoch"] - 0.4, loss_axes.get_ylim()[1]), va="top", fontsize=8)
     lines = loss_axes.get_lines()[:2] + accuracy_axes.get_lines()
-    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=3)
+    figure.legend(lines, [str(line.get_label()) for line in lines],
+                  loc="outside lower center", ncols=3)
     with atomic_write(path) as temporary_path:
         figure.savefig(temporary_path, dpi=120, format="png")

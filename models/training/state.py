@@ -58,7 +58,7 @@ def start_training(spec: FaceSpec, settings: TrainingSettings, init: str,
     if settings.aux_weight:
         add_aux_heads(model)
     replace_small_map_convolutions(model)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     amp_dtype = choose_amp_dtype(model, settings.input_sizes[0][1], device)
     return TrainingState(model, copy.deepcopy(model).eval(), make_optimizer(model, settings),
                          broadcast_from_rank0(amp_dtype))
