@@ -80,9 +80,10 @@ def replace_small_map_convolutions(model: FaceClassifier) -> None:
     for module in list(model.backbone.layer4.modules()):
         for name, conv in module.named_children():
             if isinstance(conv, nn.Conv2d):
-                geometry: Any = conv.kernel_size, conv.stride, conv.padding
-                fast = SmallMapConv2d(conv.in_channels, conv.out_channels, *geometry,
-                                      bias=False, device="meta")
+                geometry: dict[str, Any] = {"kernel_size": conv.kernel_size,
+                                            "stride": conv.stride, "padding": conv.padding}
+                fast = SmallMapConv2d(conv.in_channels, conv.out_channels, bias=False,
+                                      device="meta", **geometry)
                 fast.weight = conv.weight
                 setattr(module, name, fast)
 
@@ -110,9 +111,8 @@ class CapturedNetwork(nn.Module):
             buffer.copy_(value)     # the capture updated batch norm's statistics with zeros
 
     def forward(self, views: Tensor) -> Tensor:
-        is_captured = len(views) == self.batch_size
-        logits: Tensor = self.captured(views) if is_captured else self.model(views)
-        return logits
+        network: Any = self.captured if len(views) == self.batch_size else self.model
+        return network(views)
 
 
 def accelerate(model: FaceClassifier, input_size: int, amp_dtype: torch.dtype | None,
