@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.data.decoding import decode_photo
@@ -46,7 +46,6 @@ from models.data.faceset import (
 from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE, crop_views
 from models.faces.calibration import fit_calibration
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import (
     Classification,
     FacePolicy,
@@ -57,6 +56,7 @@ from models.faces.pipeline import (
     decode_workers,
 )
 from models.faces.predictor import Predictor, network_batch_size
+from models.faces.second_look import load_detector
 from models.reports.evaluation import (
     LabelledPredictions,
     compare_checkpoints,
@@ -93,6 +93,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[cli.Parser, argparse.Name
     add("--name", help="prefix of the file names (the split)")
     cli.add_class_map(parser)
     cli.add_batch_size(parser, "views per forward pass of the classifier (CPU 16, CUDA 256)")
+    cli.add_second_look(parser)
     cli.add_num_workers(parser, "number of decoding processes (CPU 0, CUDA by number of cores)")
     cli.add_device(parser)
     add("--flip", action="store_true",
@@ -246,7 +247,7 @@ def read_against(parser: cli.Parser, path: str) -> dict[str, tuple[int, int]]:
 class Classifier:
     """Networks and settings, as in infer.py."""
     predictor: Predictor
-    detector: MTCNN
+    detector: nn.Module
     loading: Loading
     batch_size: int
     flip: bool
@@ -255,7 +256,8 @@ class Classifier:
 def choose_classifier(args: argparse.Namespace, checkpoint: Checkpoint, n_files: int) -> Classifier:
     """The networks and settings of the flags; what they leave open is chosen for the machine."""
     return Classifier(
-        Predictor(checkpoint, args.device), MTCNN().to(args.device),
+        Predictor(checkpoint, args.device),
+        load_detector(args.device, second_look=args.second_look),
         Loading(num_workers=decode_workers(args.num_workers, n_files, args.device)),
         args.batch_size or network_batch_size(args.device), args.flip)
 

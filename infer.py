@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from models.data.chunks import count_chunks, count_files
@@ -29,7 +30,6 @@ from models.data.index import PhotoIndex, index_photos
 from models.data.listing import InputError
 from models.faces.align import TEMPLATE_SIZE
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import (
     Classification,
     FacePolicy,
@@ -51,6 +51,7 @@ from models.faces.predictions import (
     read_predictions,
 )
 from models.faces.predictor import Predictor, network_batch_size
+from models.faces.second_look import load_detector
 from models.reports.grids import GridFace, GridLayout, draw_grid
 from models.reports.shares import report_shares
 from models.reports.tally import (
@@ -252,8 +253,8 @@ class Run:
 def open_run(parser: cli.Parser, args: argparse.Namespace, rank: int) -> Run:
     """The run of these flags, new or resumed; rank 0 lists pictures and open chunks for all."""
     folder = args.output_dir / PARTS
-    names = ("input_dir", "in_list", "align", "faces", "min_face_size", "max_side", "flip",
-             "min_confidence", "target_error", "alpha", "visualize", "batch_size")
+    names = ("input_dir", "in_list", "align", "faces", "min_face_size", "max_side",
+             "second_look", "flip", "min_confidence", "target_error", "alpha", "visualize", "batch_size")
     flags = {name: getattr(args, name) for name in names}
     flags["ckpt"] = zlib.crc32(Path(args.ckpt).read_bytes())
     begin = partial(begin_run, input_dir=args.input_dir, in_list=args.in_list)
@@ -287,7 +288,7 @@ def check_groups(parser: cli.Parser, run: Run, groups: GroupTable, is_new: bool)
 class Labelling:
     """Everything that turns pictures into rows: networks, policies and thresholds."""
     predictor: Predictor
-    detector: MTCNN | None
+    detector: nn.Module | None
     policy: FacePolicy
     loading: Loading
     classification: Classification
@@ -306,7 +307,7 @@ def choose_labelling(args: argparse.Namespace, checkpoint: Checkpoint, run: Run,
     n_files = count_files(len(run.photos), run.open_chunks)
     detector = None
     if args.align != "never":
-        detector = MTCNN(min_face_size=args.min_face_size).to(device)
+        detector = load_detector(device, args.min_face_size, args.second_look)
     return Labelling(
         Predictor(checkpoint, device), detector, FacePolicy(args.faces, align=args.align),
         Loading(num_workers=decode_workers(args.num_workers, n_files, device),
@@ -416,6 +417,9 @@ def print_summary(tally: Tally, n_files: int, seconds: float, classes: tuple[str
     print(f"{n_files:,} pictures in {seconds:.1f} s: {n_files / max(seconds, 1e-9):.1f} images/s")
     print("rows:             " + ", ".join(f"{name} {tally.statuses[name]:,}"
                                            for name in STATUSES))
+    if tally.statuses["ok"]:
+        print("found by:         " + ", ".join(f"{name} {n:,}"
+                                               for name, n in tally.found_by.most_common()))
     print("predicted labels: " + ", ".join(f"{name} {tally.labels[name]:,}" for name in labels))
 
 

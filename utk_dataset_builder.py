@@ -47,8 +47,8 @@ from models.data.utk import (
     read_split_list,
 )
 from models.faces.align import TEMPLATE, TEMPLATE_SIZE, WHOLE_TEMPLATE
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import AlignedBatch, FacePolicy, Loading, ViewSpec, align_photos
+from models.faces.second_look import load_detector
 from models.running import cli
 from models.running.command import run_command
 from models.running.files import atomic_write
@@ -83,6 +83,7 @@ def build_parser() -> cli.Parser:
     add("--no_align", action="store_true", help="copy the chips as they are")
     cli.add_num_workers(parser, "decoding processes; 0 decodes in the threads that align and "
                         "encode. The result is the same for any number (%(default)s)", default=0)
+    cli.add_second_look(parser)
     cli.add_device(parser, default="cpu")
     add("--vis_dir", metavar="DIR", help="folder for the plots (the output folder)")
     cli.add_overwrite(parser, "replace a finished data set")
@@ -182,11 +183,13 @@ class CropSettings:
     out_res: int | None
     num_workers: int
     device: torch.device
+    second_look: bool
 
 
 def crop_settings(args: argparse.Namespace) -> CropSettings:
     """The settings of the flags."""
-    return CropSettings(None if args.no_align else args.out_res, args.num_workers, args.device)
+    return CropSettings(None if args.no_align else args.out_res, args.num_workers, args.device,
+                        args.second_look)
 
 
 def write_chips(source: Path, chips: list[Chip], folder: Path,
@@ -216,7 +219,7 @@ def align_chips(source: Path, chips: list[Chip], folder: Path, out_res: int,
                 settings: CropSettings) -> Iterator[AlignedBatch]:
     """Aligned batches of all chips, whose crops are written."""
     paths = [str(source / chip.file) for chip in chips]
-    detector = MTCNN(min_face_size=MIN_FACE_SIZE).to(settings.device)
+    detector = load_detector(settings.device, MIN_FACE_SIZE, settings.second_look)
     with OrderedThreadPool(settings.device) as pool:
         aligned = align_photos(
             paths, detector, ViewSpec(WHOLE_TEMPLATE, out_res),

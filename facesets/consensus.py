@@ -39,7 +39,6 @@ from models.data.chunks import count_chunks, count_files
 from models.data.index import PhotoIndex, index_photos
 from models.data.listing import InputError
 from models.faces.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import (
     Classification,
     FacePolicy,
@@ -50,6 +49,7 @@ from models.faces.pipeline import (
 )
 from models.faces.predictions import label_name, quote_cell
 from models.faces.predictor import Predictor, network_batch_size
+from models.faces.second_look import load_detector
 from models.reports import consensus_yield
 from models.reports.consensus_yield import DuplicatePhotos
 from models.reports.prediction_blocks import (
@@ -220,7 +220,8 @@ class SampledPhotos:
 
 def open_sample(parser: cli.Parser, args: Namespace, folder: Path, rank: int) -> SampledPhotos:
     """The sample of every person's photos; rank 0 first indexes the photos or resumes a run."""
-    flags = ("input_dir", "max_images", "seed", "align", "min_face_size", "max_side", "batch_size")
+    flags = ("input_dir", "max_images", "seed", "align", "min_face_size", "max_side",
+             "second_look", "batch_size")
     run_flags = {name: getattr(args, name) for name in flags} | {"ckpt": digest_file(args.ckpt)}
     parts.open_parts(parser, folder, run_flags, partial(index_people, args.input_dir), rank,
                      resume=args.resume, overwrite=args.overwrite)
@@ -248,7 +249,9 @@ def label_sample(photos: SampledPhotos, checkpoint: Checkpoint, args: Namespace,
     loading = Loading(num_workers=decode_workers(args.num_workers, n_files, device),
                       max_side=args.max_side)
     classification = Classification(args.batch_size or network_batch_size(device))
-    detector = MTCNN(min_face_size=args.min_face_size).to(device) if args.align != "never" else None
+    detector = None
+    if args.align != "never":
+        detector = load_detector(device, args.min_face_size, args.second_look)
     predictor = Predictor(checkpoint, device)
     with tqdm(total=n_files, unit=" photos", disable=rank != 0, smoothing=0.05) as bar:
         labelled = classify_photos(photos, predictor, detector, FacePolicy(align=args.align),

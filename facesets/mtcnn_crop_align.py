@@ -33,7 +33,6 @@ from models.data.index import PhotoIndex, index_photos
 from models.data.listing import InputError
 from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE
 from models.faces.checkout_detector import CheckoutDetector
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import (
     AlignedBatch,
     FacePolicy,
@@ -44,6 +43,7 @@ from models.faces.pipeline import (
     decode_workers,
 )
 from models.faces.predictions import quote_cell
+from models.faces.second_look import load_detector
 from models.running import cli
 from models.running.command import run_command
 from models.running.files import atomic_write, merge_parts
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     if output_dir.is_relative_to(Path(args.input_dir[0]).resolve()):
         parser.error("--output_dir lies in --input_dir, where crops would count as photographs")
     rank, world_size, device = init_distributed(args.device)
-    detector = load_detector(parser, args).to(device)
+    detector = choose_detector(parser, args, device)
     photos = open_photos(parser, args, output_dir, rank)
     todo = missing_parts(photos.parts, count_chunks(len(photos)), "csv")
     started = time.perf_counter()
@@ -113,12 +113,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # -------------------------------------------------------------------------- before anything runs
-def load_detector(parser: cli.Parser, args: argparse.Namespace) -> nn.Module:
+def choose_detector(parser: cli.Parser, args: argparse.Namespace,
+                    device: torch.device) -> nn.Module:
     """The networks of this project, or those of a checkout of mtcnn-pytorch."""
     if not args.mtcnn_pytorch_path:
-        return MTCNN(min_face_size=args.min_face_size)
+        return load_detector(device, args.min_face_size, args.second_look)
     try:
-        return CheckoutDetector(args.mtcnn_pytorch_path, args.min_face_size)
+        return CheckoutDetector(args.mtcnn_pytorch_path, args.min_face_size).to(device)
     except (ImportError, AttributeError, OSError) as error:
         parser.error(f"--mtcnn_pytorch_path {args.mtcnn_pytorch_path}: src.detect_faces cannot be "
                      f"imported ({error})")
@@ -128,7 +129,8 @@ def open_photos(parser: cli.Parser, args: argparse.Namespace, output_dir: Path,
                 rank: int) -> "PhotosToAlign":
     """The photographs of a new or resumed run; rank 0 lists them for all ranks."""
     folder = output_dir / PARTS
-    names = ("input_dir", "in_list", "mtcnn_pytorch_path", "out_res", "min_face_size", "max_side")
+    names = ("input_dir", "in_list", "mtcnn_pytorch_path", "out_res", "min_face_size", "max_side",
+             "second_look")
     flags = {name: getattr(args, name) for name in names}
     keeps_crops = args.overwrite or args.check_exists
     begin = partial(begin_run, input_dir=args.input_dir, in_list=args.in_list,

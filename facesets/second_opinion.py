@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -29,13 +30,14 @@ from sklearn.svm import SVC
 
 from models.data.faceset import FaceSet, FaceSetError
 from models.data.splits import leakage_groups, read_training_sets
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import ViewSpec, align_labelled_set
+from models.faces.second_look import load_detector
 from models.running import cli
 from models.running.files import atomic_write
 
 FOLDS = 5
 CHIP_WINDOW = (6.8, 20.5, 107.4, 121.1)     # of the template: dlib's get_face_chip at padding 0.25
+CPU = torch.device("cpu")
 CHIP_SIZE = 150                             # pixels, the only input size of dlib's network
 WEIGHTS = "dlib_face_recognition_resnet_model_v1.dat"
 # Chosen on UTKFace's validation pictures, 92.0 %; half or twice of either changes that by 0.2.
@@ -74,7 +76,7 @@ def number_groups(faces: FaceSet, num_workers: int) -> np.ndarray:
 def embed(faces: FaceSet, embedder, num_workers: int) -> tuple[np.ndarray, dict[int, str]]:
     """Embeddings (N, 128) float64, and by row the reasons why pictures are unreadable."""
     embeddings, reasons = np.full((len(faces), 128), np.nan), {}
-    batches = align_labelled_set(faces.paths(), faces.is_aligned, MTCNN(min_face_size=40),
+    batches = align_labelled_set(faces.paths(), faces.is_aligned, load_detector(CPU, 40),
                                  ViewSpec(CHIP_WINDOW, CHIP_SIZE), num_workers,
                                  f"embeddings of {faces.root}")
     for batch in batches:

@@ -52,7 +52,17 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
 def build(tmp_path: Path, src: Path, dst: str = "built", *flags: str) -> Path:
     """Runs the command; the folder it has built."""
-    argv = ["--src", src, "--dst", tmp_path / dst, "--vis_dir", tmp_path / "plots", "--workers", "0", *flags]
+    argv = [
+        "--src",
+        src,
+        "--dst",
+        tmp_path / dst,
+        "--vis_dir",
+        tmp_path / "plots",
+        "--workers",
+        "0",
+        *flags,
+    ]
     builder.main([str(arg) for arg in argv])
     return tmp_path / dst
 
@@ -65,7 +75,11 @@ def rows_of(path: Path) -> list[dict]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def fails(capsys, *flags) -> str:
@@ -85,11 +99,20 @@ def test_a_name_gives_age_gender_race():
     assert parse_utk_name("100_1_4_20170116174525125.jpg") == (100, 1, 4)
 
 
-@pytest.mark.parametrize(("name", "reason"), [
-    ("39_1_20170116174525125.jpg.chip.jpg", "3 of the 4"), ("53__0_20170116184028385.jpg.chip.jpg", "gender"),
-    ("x_0_0_20170116184028385.jpg", "age"), ("200_0_0_20170116184028385.jpg", "age"),
-    ("25_3_0_20170116184028385.jpg", "gender"), ("25_0_5_20170116184028385.jpg", "race"),
-    ("²5_0_0_20170116184028385.jpg", "age"), ("-5_0_0_20170116184028385.jpg", "age"), ("face.jpg", "1 of the 4")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("39_1_20170116174525125.jpg.chip.jpg", "3 of the 4"),
+        ("53__0_20170116184028385.jpg.chip.jpg", "gender"),
+        ("x_0_0_20170116184028385.jpg", "age"),
+        ("200_0_0_20170116184028385.jpg", "age"),
+        ("25_3_0_20170116184028385.jpg", "gender"),
+        ("25_0_5_20170116184028385.jpg", "race"),
+        ("²5_0_0_20170116184028385.jpg", "age"),
+        ("-5_0_0_20170116184028385.jpg", "age"),
+        ("face.jpg", "1 of the 4"),
+    ],
+)
 def test_a_malformed_name_gives_the_reason(name, reason):
     assert reason in parse_utk_name(name)
 
@@ -116,7 +139,9 @@ def test_groups_lose_their_unreadable_pictures():
 def test_split_sizes_sum_and_round(n):
     sizes = split_sizes(n, (0.6, 0.2, 0.2))
     assert sum(sizes) == n
-    assert all(abs(size - n * ratio) < 1 for size, ratio in zip(sizes, (0.6, 0.2, 0.2), strict=True))
+    assert all(
+        abs(size - n * ratio) < 1 for size, ratio in zip(sizes, (0.6, 0.2, 0.2), strict=True)
+    )
 
 
 def grouped_chips(seed: int) -> tuple[list[Chip], list[list[int]]]:
@@ -126,8 +151,10 @@ def grouped_chips(seed: int) -> tuple[list[Chip], list[list[int]]]:
     while len(found) < 500:
         label, size = rng.randrange(4), rng.choice([1] * 12 + [2, 2, 3, 4])
         groups.append(list(range(len(found), len(found) + size)))
-        found += [Chip("", "", 20, 0, label if rng.random() > 0.1 or size == 1 else rng.randrange(4))
-                  for _ in range(size)]
+        found += [
+            Chip("", "", 20, 0, label if rng.random() > 0.1 or size == 1 else rng.randrange(4))
+            for _ in range(size)
+        ]
     return found, groups
 
 
@@ -171,13 +198,20 @@ def test_a_group_larger_than_its_splits_stays_whole():
 
 def test_a_build_holds_what_it_says(tmp_path, chips):
     built = build(tmp_path, write_folder(tmp_path / "src", chips))
-    manifest, about = rows_of(built / "manifest.csv"), json.loads((built / "faceset.json").read_text())
+    manifest, about = (
+        rows_of(built / "manifest.csv"),
+        json.loads((built / "faceset.json").read_text()),
+    )
     pictures = {name for name in contents(built) if name.endswith(".jpg")}
     assert pictures == {row["file"] for row in manifest}
-    assert len(pictures) == 40                                      # 42 readable ones, less the pair that disagrees
+    assert len(pictures) == 40  # 42 readable ones, less the pair that disagrees
     for row in manifest:
         split, label, name = row["file"].split("/")
-        assert (row["split"], row["label"], row["class"]) == (split, label, about["classes"][int(label)])
+        assert (row["split"], row["label"], row["class"]) == (
+            split,
+            label,
+            about["classes"][int(label)],
+        )
         assert parse_utk_name(name) == (int(row["age"]), int(row["gender"]), int(label))
         assert row["aligned_by"] == "template"                      # blots have no face
     twins = [row for row in manifest if row["duplicate_group"]]
@@ -194,7 +228,10 @@ def test_a_build_holds_what_it_says(tmp_path, chips):
     assert set(skipped) == {"39_1_20170116174525125.jpg.chip.jpg", chip_name(105, 0)}
     assert "UnidentifiedImageError" in skipped[chip_name(105, 0)]
     with Image.open(built / manifest[0]["file"]) as crop:
-        assert (crop.size, crop.layer) == ((224, 224), [(1, 1, 1, 0), (2, 1, 1, 1), (3, 1, 1, 1)])     # 4:4:4
+        assert (crop.size, crop.layer) == (
+            (224, 224),
+            [(1, 1, 1, 0), (2, 1, 1, 1), (3, 1, 1, 1)],
+        )  # 4:4:4
     assert all((tmp_path / "plots" / f"{split}_dist.png").stat().st_size > 1000 for split in SPLITS)
     assert len(read_faceset(built, "train")) == sum(about["counts"]["train"].values())
 
@@ -210,7 +247,7 @@ def test_order_workers_and_packing_change_nothing(tmp_path, chips):
             archive.writestr(f"UTKFace/{name}", data)
     for src, workers in (("b", "2"), ("c.tar.gz", "0"), ("d.zip", "3")):
         again = contents(build(tmp_path, tmp_path / src, src + ".built", "--workers", workers))
-        for name in ("skipped.csv",):                               # names the files as the archive does
+        for name in ("skipped.csv",):  # names the files as the archive does
             again[name] = again[name].replace(b"UTKFace/", b"")
         assert again == first
     assert not list(tmp_path.glob("*.partial*"))
@@ -232,7 +269,9 @@ def test_an_archive_cannot_write_outside(tmp_path, chips):
     built = build(inside, inside / "evil.tar")
     new = {path for path in contents(tmp_path) if path not in before}
     assert all(path.startswith(("deep/er/built/", "deep/er/plots/")) for path in new)
-    assert [row["file"].split("/")[-1] for row in rows_of(built / "manifest.csv")] == [chip_name(1, 1)]
+    assert [row["file"].split("/")[-1] for row in rows_of(built / "manifest.csv")] == [
+        chip_name(1, 1)
+    ]
 
 
 def test_no_align_copies_the_bytes(tmp_path, chips):
@@ -246,10 +285,16 @@ def test_no_align_copies_the_bytes(tmp_path, chips):
 
 def test_a_listed_split_is_followed_whole(tmp_path, chips):
     src, splits = write_folder(tmp_path / "src", chips), ("train", "val", "test")
-    names = [name for name in chips if isinstance(parse := parse_utk_name(name), tuple) and parse[2] < 4]
-    listed = {name: splits[i % 3] for i, name in enumerate(names) if i != 5} | {chip_name(900, 0): "val"}
+    names = [
+        name for name in chips if isinstance(parse := parse_utk_name(name), tuple) and parse[2] < 4
+    ]
+    listed = {name: splits[i % 3] for i, name in enumerate(names) if i != 5} | {
+        chip_name(900, 0): "val"
+    }
     lines = [f"{name},{split},{name.split('_')[2]}" for name, split in listed.items()]
-    (tmp_path / "split.csv").write_text("\n".join(["file,split,label", *lines]) + "\n", encoding="utf-8-sig")
+    (tmp_path / "split.csv").write_text(
+        "\n".join(["file,split,label", *lines]) + "\n", encoding="utf-8-sig"
+    )
     built = build(tmp_path, src, "built", "--split_csv", str(tmp_path / "split.csv"))
     found = {row["file"].split("/")[-1]: row["split"] for row in rows_of(built / "manifest.csv")}
     unusable = (chip_name(105, 0), chip_name(900, 0))
@@ -259,14 +304,29 @@ def test_a_listed_split_is_followed_whole(tmp_path, chips):
     assert json.loads((built / "faceset.json").read_text())["split"] == "split.csv"
 
 
-def test_a_finished_set_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_path, chips, capsys, monkeypatch):
+def test_a_finished_set_is_replaced_only_when_asked_and_only_by_a_whole_one(
+    tmp_path, chips, capsys, monkeypatch
+):
     some = {chip_name(i, i % 4): chips[chip_name(i, i % 4)] for i in range(8)}
     src, dst = write_folder(tmp_path / "src", some), tmp_path / "built"
     before = contents(build(tmp_path, src))
-    argv = ["--src", src, "--dst", dst, "--vis_dir", tmp_path / "plots", "--workers", "0", "--seed", "7"]
+    argv = [
+        "--src",
+        src,
+        "--dst",
+        dst,
+        "--vis_dir",
+        tmp_path / "plots",
+        "--workers",
+        "0",
+        "--seed",
+        "7",
+    ]
     assert "--overwrite" in fails(capsys, *argv)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(builder, "split_groups", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            builder, "split_groups", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         builder.main([str(arg) for arg in (*argv, "--overwrite")])
     assert contents(dst) == before
     assert {path.name for path in tmp_path.iterdir()} == {"src", "built", "plots"}
@@ -293,7 +353,9 @@ def damage_archives(folder: Path) -> None:
     data = (folder / "whole.zip").read_bytes()
     (folder / "bent.zip").write_bytes(data[:100] + b"\xff" * 1000 + data[1100:])
     directory = data.index(b"PK\1\2")
-    (folder / "locked.zip").write_bytes(data[:6] + b"\1" + data[7:directory + 8] + b"\1" + data[directory + 9:])
+    (folder / "locked.zip").write_bytes(
+        data[:6] + b"\1" + data[7 : directory + 8] + b"\1" + data[directory + 9 :]
+    )
 
 
 def test_mistakes_are_one_line(tmp_path, chips, capsys):
@@ -306,21 +368,25 @@ def test_mistakes_are_one_line(tmp_path, chips, capsys):
     (tmp_path / "label.csv").write_text(f"file,split,label\n{chip_name(0, 0)},train,2\n")
     (tmp_path / "split.csv").write_text(f"file,split,label\n{chip_name(0, 0)},training,0\n")
     for flags, words in (
-            (["--src", src, "--ratios", "0.6", "0.2", "0.3"], "--ratios 0.6 0.2 0.3: must sum to 1"),
-            (["--src", tmp_path / "none"], "no such folder or archive"),
-            (["--src", tmp_path / "empty"], "no chip"),
-            (["--src", tmp_path / "broken.tar"], "broken.tar: cannot be unpacked"),
-            (["--src", tmp_path / "cut.tar.gz"], "cut.tar.gz: cannot be unpacked"),
-            (["--src", tmp_path / "bent.tar.gz"], "bent.tar.gz: cannot be unpacked"),
-            (["--src", tmp_path / "bent.zip"], "bent.zip: cannot be unpacked"),
-            (["--src", tmp_path / "locked.zip"], "locked.zip: cannot be unpacked"),
-            (["--src", tmp_path / "label.csv"], "expects a folder or a file of"),
-            (["--src", src, "--split_csv", tmp_path / "columns.csv"], "expects the columns file, split, label"),
-            (["--src", src, "--split_csv", tmp_path / "label.csv"], "contradicts"),
-            (["--src", src, "--split_csv", tmp_path / "split.csv"], "'training'"),
-            (["--src", src, "--split_csv", tmp_path / "absent.csv"], "absent.csv"),
-            (["--src", src, "--dst", src / "x" / ".."], "--output_dir"),
-            (["--src", src, "--out_res", "0"], "--out_res")):
+        (["--src", src, "--ratios", "0.6", "0.2", "0.3"], "--ratios 0.6 0.2 0.3: must sum to 1"),
+        (["--src", tmp_path / "none"], "no such folder or archive"),
+        (["--src", tmp_path / "empty"], "no chip"),
+        (["--src", tmp_path / "broken.tar"], "broken.tar: cannot be unpacked"),
+        (["--src", tmp_path / "cut.tar.gz"], "cut.tar.gz: cannot be unpacked"),
+        (["--src", tmp_path / "bent.tar.gz"], "bent.tar.gz: cannot be unpacked"),
+        (["--src", tmp_path / "bent.zip"], "bent.zip: cannot be unpacked"),
+        (["--src", tmp_path / "locked.zip"], "locked.zip: cannot be unpacked"),
+        (["--src", tmp_path / "label.csv"], "expects a folder or a file of"),
+        (
+            ["--src", src, "--split_csv", tmp_path / "columns.csv"],
+            "expects the columns file, split, label",
+        ),
+        (["--src", src, "--split_csv", tmp_path / "label.csv"], "contradicts"),
+        (["--src", src, "--split_csv", tmp_path / "split.csv"], "'training'"),
+        (["--src", src, "--split_csv", tmp_path / "absent.csv"], "absent.csv"),
+        (["--src", src, "--dst", src / "x" / ".."], "--output_dir"),
+        (["--src", src, "--out_res", "0"], "--out_res"),
+    ):
         assert words in fails(capsys, *where, *flags)
     assert not (tmp_path / "built").exists()
     assert not list(tmp_path.glob("*.partial*"))
@@ -334,7 +400,9 @@ def test_two_thousand_real_chips(tmp_path, faces_data):
     with tarfile.open(faces_data / "UTKFace.tar") as archive:
         members = [member for member in archive if member.isfile() and member.name.endswith(".jpg")]
         for member in members[::len(members) // 2100][:2100]:
-            (tmp_path / "src" / Path(member.name).name).write_bytes(archive.extractfile(member).read())
+            (tmp_path / "src" / Path(member.name).name).write_bytes(
+                archive.extractfile(member).read()
+            )
     argv = ["--src", tmp_path / "src", "--dst", tmp_path / "built", "--vis_dir", tmp_path / "plots",
             "--split_csv", faces_data / "utk_seed_split.csv"]
     builder.main([str(arg) for arg in argv])
@@ -356,9 +424,17 @@ def warp_differences(src: Path, built: Path, rows: list[dict]) -> list[float]:
         images, sizes = collate_photos([decode_photo(src / row["file"].split("/")[-1])[0]])
         faces = MTCNN(min_face_size=40).detect(images, sizes)
         landmarks = faces.landmarks[most_central_faces(faces, sizes)[0]].numpy()
-        to_crop = transform.SimilarityTransform.from_estimate(landmarks, (np.array(TEMPLATE) + 0.5) * 2 - 0.5)
-        warped = transform.warp(images[0].permute(1, 2, 0).numpy(), to_crop.inverse, output_shape=(224, 224),
-                                order=1, mode="edge", preserve_range=True)
+        to_crop = transform.SimilarityTransform.from_estimate(
+            landmarks, (np.array(TEMPLATE) + 0.5) * 2 - 0.5
+        )
+        warped = transform.warp(
+            images[0].permute(1, 2, 0).numpy(),
+            to_crop.inverse,
+            output_shape=(224, 224),
+            order=1,
+            mode="edge",
+            preserve_range=True,
+        )
         with Image.open(built / row["file"]) as crop:
             differences.append(float(np.abs(np.asarray(crop) - warped).mean()))
     return differences
@@ -367,7 +443,11 @@ def warp_differences(src: Path, built: Path, rows: list[dict]) -> list[float]:
 @pytest.mark.real
 def test_the_published_split_lists_every_chip_of_four_classes(faces_data):
     listed = read_split_list(faces_data / "utk_seed_split.csv")
-    assert Counter(split for split, _ in listed.values()) == {"train": 13207, "val": 4402, "test": 4404}
+    assert Counter(split for split, _ in listed.values()) == {
+        "train": 13207,
+        "val": 4402,
+        "test": 4404,
+    }
     with tarfile.open(faces_data / "UTKFace.tar") as archive:
         names = [Path(name).name for name in archive.getnames() if name.endswith(".jpg")]
     assert {name for name in names if parse_utk_name(name)[2] != OTHERS} == set(listed)

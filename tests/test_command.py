@@ -45,7 +45,9 @@ def test_an_interrupt_is_one_line_that_names_the_way_on(tmp_path, signal_number)
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
-    command = script(tmp_path, "raise OSError(errno.ENOSPC, 'No space left on device', 'out/x.csv')")
+    command = script(
+        tmp_path, "raise OSError(errno.ENOSPC, 'No space left on device', 'out/x.csv')"
+    )
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "out/x.csv" in done.stderr and "--resume" in done.stderr

@@ -23,7 +23,7 @@ ASTRONAUT = ROOT / "facesets" / "samples" / "astronaut.jpg"
 
 # A package of the form of mtcnn-pytorch's: one face for each bright corner, the smaller first; five x, then five y.
 # Like that code it finds its files from the current folder, and fails where there is nothing to concatenate.
-STAND_IN = '''
+STAND_IN = """
 import numpy as np
 from .weights import SCORE
 
@@ -37,7 +37,7 @@ def detect_faces(image, min_face_size=20.0, thresholds=[0.6, 0.7, 0.8], nms_thre
     boxes = [[40, 10, 60, 30, SCORE], [0, 0, 40, 40, SCORE], [1, 1, 9, 9, SCORE]]
     faces = [[46, 54, 50, 47, 53, 17, 17, 21, 25, 25], [12, 28, 20, 14, 26, 14, 14, 22, 30, 30], [5] * 10]
     return np.array(boxes), np.array(faces)
-'''
+"""
 
 
 @pytest.fixture
@@ -60,11 +60,25 @@ def rows(out: Path) -> list[list[str]]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
 
 
 def align(photos: Path, out: Path, *flags) -> None:
-    main(["--in_dir", str(photos), "--out_dir", str(out), "--n_threads", "0", "--device", "cpu", *flags])
+    main(
+        [
+            "--in_dir",
+            str(photos),
+            "--out_dir",
+            str(out),
+            "--n_threads",
+            "0",
+            "--device",
+            "cpu",
+            *flags,
+        ]
+    )
 
 
 def test_crops_lie_on_the_template_and_the_rest_is_listed(photos, tmp_path, capsys):
@@ -75,7 +89,10 @@ def test_crops_lie_on_the_template_and_the_rest_is_listed(photos, tmp_path, caps
     listed = rows(out)
     assert listed[0] == ["file", "status", "reason"]
     assert [row[:2] for row in listed[1:]] == [
-        ['Zoë, "two"\nlines/tiny.bmp', "no_face"], ["cut.jpg", "unreadable"], ["text.webp", "unreadable"]]
+        ['Zoë, "two"\nlines/tiny.bmp', "no_face"],
+        ["cut.jpg", "unreadable"],
+        ["text.webp", "unreadable"],
+    ]
     assert all(row[2] for row in listed[2:])
     for name in files(out):
         if name.endswith(".jpg"):
@@ -93,7 +110,12 @@ def test_crops_lie_on_the_template_and_the_rest_is_listed(photos, tmp_path, caps
 
 def detected(image: torch.Tensor) -> np.ndarray:
     """Landmarks (5, 2) of the one face of a picture."""
-    return MTCNN(min_face_size=60).detect(image[None], torch.tensor([image.shape[1:]])).landmarks[0].numpy()
+    return (
+        MTCNN(min_face_size=60)
+        .detect(image[None], torch.tensor([image.shape[1:]]))
+        .landmarks[0]
+        .numpy()
+    )
 
 
 def test_a_crop_is_the_similarity_warp_that_someone_else_makes(photos, tmp_path):
@@ -102,7 +124,9 @@ def test_a_crop_is_the_similarity_warp_that_someone_else_makes(photos, tmp_path)
     photo, _ = decode_photo(ASTRONAUT)
     pixels = photo.permute(1, 2, 0).numpy()
     to_template = transform.estimate_transform("similarity", detected(photo), np.array(TEMPLATE))
-    theirs = transform.warp(pixels, to_template.inverse, output_shape=(112, 112), order=1, preserve_range=True)
+    theirs = transform.warp(
+        pixels, to_template.inverse, output_shape=(112, 112), order=1, preserve_range=True
+    )
     ours = decode_photo(tmp_path / "out" / "a.JPG_0.jpg")[0].permute(1, 2, 0).numpy()
     assert abs(ours - theirs)[8:-8, 8:-8].mean() < 5
 
@@ -146,8 +170,15 @@ def test_a_dead_run_is_resumed_without_its_finished_parts(photos, tmp_path, monk
     with pytest.raises(ZeroDivisionError):
         align(photos, out, "--min_face_size", "60")
     done = (out / "align_parts" / "000000.csv").stat().st_mtime_ns
-    monkeypatch.setattr(command, "write_part", lambda photos, chunk, *rest: written(photos, chunk, *rest) if chunk
-                        else pytest.fail(f"part 0 of {done} was done again"))
+    monkeypatch.setattr(
+        command,
+        "write_part",
+        lambda photos, chunk, *rest: (
+            written(photos, chunk, *rest)
+            if chunk
+            else pytest.fail(f"part 0 of {done} was done again")
+        ),
+    )
     with pytest.raises(SystemExit):
         align(photos, out, "--min_face_size", "50", "--resume")
     assert "--min_face_size" in capsys.readouterr().err
@@ -165,9 +196,16 @@ def test_a_finished_run_is_not_done_again_by_resume(photos, tmp_path, capsys):
 
 
 def test_a_list_may_not_leave_the_folder(photos, tmp_path):
-    (tmp_path / "list.txt").write_text(f"./text.webp\n{photos / 'text.webp'}\n../elsewhere.jpg\n{ASTRONAUT}\n")
+    (tmp_path / "list.txt").write_text(
+        f"./text.webp\n{photos / 'text.webp'}\n../elsewhere.jpg\n{ASTRONAUT}\n"
+    )
     align(photos, tmp_path / "out", "--in_list", str(tmp_path / "list.txt"))
-    assert [row[1] for row in rows(tmp_path / "out")[1:]] == ["unreadable", "unreadable", "outside", "outside"]
+    assert [row[1] for row in rows(tmp_path / "out")[1:]] == [
+        "unreadable",
+        "unreadable",
+        "outside",
+        "outside",
+    ]
 
 
 def test_a_checkout_of_mtcnn_pytorch_takes_the_place_of_the_networks(tmp_path, monkeypatch, capsys):
@@ -185,28 +223,64 @@ def test_a_checkout_of_mtcnn_pytorch_takes_the_place_of_the_networks(tmp_path, m
     picture.save(photos / "more.png")
     monkeypatch.chdir(tmp_path)
     written = []
-    monkeypatch.setattr("facesets.mtcnn_crop_align.atomic_write", lambda path: written.append(path.name) or atomic_write(path))
-    main(["--in_dir", "photos", "--out_dir", "out", "--mtcnn_pytorch_path", "checkout", "--n_threads", "0"])
+    monkeypatch.setattr(
+        "facesets.mtcnn_crop_align.atomic_write",
+        lambda path: written.append(path.name) or atomic_write(path),
+    )
+    main(
+        [
+            "--in_dir",
+            "photos",
+            "--out_dir",
+            "out",
+            "--mtcnn_pytorch_path",
+            "checkout",
+            "--n_threads",
+            "0",
+        ]
+    )
     out = tmp_path / "out"
-    crops = [f"{name}.png_{face}.jpg" for name in ("two", "more") for face in (1, 0)]   # coinciding points: no face
+    crops = [
+        f"{name}.png_{face}.jpg" for name in ("two", "more") for face in (1, 0)
+    ]  # coinciding points: no face
     assert files(out).keys() == {"skipped.csv", *crops}
-    for name in ("two", "more"):                            # the first crop of a photograph is written last
-        assert [path for path in written if path.startswith(f"{name}.png_")] == [f"{name}.png_1.jpg", f"{name}.png_0.jpg"]
+    for name in ("two", "more"):  # the first crop of a photograph is written last
+        assert [path for path in written if path.startswith(f"{name}.png_")] == [
+            f"{name}.png_1.jpg",
+            f"{name}.png_0.jpg",
+        ]
     assert [row[:2] for row in rows(out)[1:]] == [["none.png", "no_face"], ["small.png", "no_face"]]
     for name, channel in (("two", 0), ("more", 2)):
-        colour = [decode_photo(out / f"{name}.png_{face}.jpg")[0].float().mean((1, 2)) for face in (0, 1)]
+        colour = [
+            decode_photo(out / f"{name}.png_{face}.jpg")[0].float().mean((1, 2)) for face in (0, 1)
+        ]
         assert colour[0].argmax() == channel
-        assert colour[0][channel] > 200 > 60 > colour[1][channel]                       # the larger face came first
+        assert colour[0][channel] > 200 > 60 > colour[1][channel]  # the larger face came first
     assert str(checkout) not in sys.path
     for path in photos.iterdir():
         path.write_text("no picture")
-    main(["--in_dir", "photos", "--out_dir", "bad", "--mtcnn_pytorch_path", "checkout", "--n_threads", "0"])
+    main(
+        [
+            "--in_dir",
+            "photos",
+            "--out_dir",
+            "bad",
+            "--mtcnn_pytorch_path",
+            "checkout",
+            "--n_threads",
+            "0",
+        ]
+    )
     assert [row[1] for row in rows(tmp_path / "bad")[1:]] == ["unreadable"] * 4
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(["--in_dir", "photos", "--out_dir", "other", "--mtcnn_pytorch_path", "photos"])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "--mtcnn_pytorch_path photos" in error and error.count("\n") == 1
+    assert (
+        stopped.value.code == 2
+        and "--mtcnn_pytorch_path photos" in error
+        and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -226,9 +300,24 @@ def test_two_ranks_write_what_one_writes(photos, tmp_path):
     for i in range(20):
         shutil.copy(ASTRONAUT if i == 15 else photos / "text.webp", photos / f"more{i:02}.jpg")
     align(photos, tmp_path / "one", "--min_face_size", "60")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "facesets" / "mtcnn_crop_align.py"), "--in_dir", str(photos), "--out_dir",
-               str(tmp_path / "two"), "--min_face_size", "60", "--n_threads", "0", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "facesets" / "mtcnn_crop_align.py"),
+        "--in_dir",
+        str(photos),
+        "--out_dir",
+        str(tmp_path / "two"),
+        "--min_face_size",
+        "60",
+        "--n_threads",
+        "0",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200,
                           env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -248,7 +337,10 @@ def test_batches_joined_as_for_a_gpu_give_the_same_crops(photos, tmp_path, monke
                         or detect(self, images, sizes))
     align(photos, tmp_path / "joined", "--min_face_size", "60")
     assert searched == [6] and files(tmp_path / "joined").keys() == files(tmp_path / "apart").keys()
-    assert rows(tmp_path / "joined") == rows(tmp_path / "apart") and len(rows(tmp_path / "joined")) == 21
+    assert (
+        rows(tmp_path / "joined") == rows(tmp_path / "apart")
+        and len(rows(tmp_path / "joined")) == 21
+    )
     for path in (tmp_path / "joined").rglob("*.jpg"):
         apart = decode_photo(tmp_path / "apart" / path.relative_to(tmp_path / "joined"))[0]
         assert (decode_photo(path)[0].float() - apart.float()).abs().mean() < 0.1

@@ -44,8 +44,9 @@ def test_a_built_set_has_the_classes_of_its_json_in_their_order(builder_folder):
 def test_other_class_orders_and_names_reach_the_same_pictures(builder_folder):
     order = ("African", "Asian", "Caucasian", "Indian")
     faces = read_faceset(builder_folder, "val", {"White": "Caucasian", "Black": "African"}, order)
-    assert [order[label] for label in faces.labels] == ["Caucasian"] * 2 + ["African"] * 2 + ["Asian"] * 2 \
-        + ["Indian"] * 2
+    assert [order[label] for label in faces.labels] == ["Caucasian"] * 2 + ["African"] * 2 + [
+        "Asian"
+    ] * 2 + ["Indian"] * 2
 
 
 def test_a_split_that_is_not_there_is_named(builder_folder):
@@ -57,8 +58,13 @@ def test_class_folders_without_splits_or_json(tmp_path):
     for name in ("White", "East_Asian", "Southeast_Asian", "Indian", "Black"):
         put(tmp_path / name / "a.png")
     faces = read_faceset(tmp_path, "test")
-    assert faces.classes == ("Black", "East_Asian", "Indian", "Southeast_Asian", "White") and not faces.is_aligned
-    joined = read_faceset(tmp_path, "test", {"East_Asian": "Asian", "Southeast_Asian": "Asian"}, CLASSES)
+    assert (
+        faces.classes == ("Black", "East_Asian", "Indian", "Southeast_Asian", "White")
+        and not faces.is_aligned
+    )
+    joined = read_faceset(
+        tmp_path, "test", {"East_Asian": "Asian", "Southeast_Asian": "Asian"}, CLASSES
+    )
     assert torch.bincount(joined.labels).tolist() == [1, 1, 2, 1] and joined.unmatched == ()
     partly = read_faceset(tmp_path, "test", {"East_Asian": "Asian"}, CLASSES)
     assert partly.unmatched == ("Southeast_Asian",) and len(partly) == 4
@@ -92,9 +98,14 @@ def test_a_csv_list_with_relative_and_absolute_paths(tmp_path):
     assert all(Image.open(path).size == (8, 8) for path in faces.paths())
 
 
-@pytest.mark.parametrize("text, reason", [("file,label\na.png,0\n", "expects the columns image and class"),
-                                          ("image,class\na.png\n", "line 2 has no image or no class"),
-                                          ("image,class\n", "no class folder matches")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("file,label\na.png,0\n", "expects the columns image and class"),
+        ("image,class\na.png\n", "line 2 has no image or no class"),
+        ("image,class\n", "no class folder matches"),
+    ],
+)
 def test_lists_that_are_none(tmp_path, text, reason):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(FaceSetError, match=reason):
@@ -118,9 +129,20 @@ def test_subset_keeps_everything_else(builder_folder):
     faces = read_faceset(builder_folder, "train")
     some = faces.subset([11, 0])
     assert some.files == [faces.files[11], faces.files[0]] and some.labels.tolist() == [3, 0]
-    assert (some.root, some.classes, some.is_aligned) == (faces.root, faces.classes, faces.is_aligned)
+    assert (some.root, some.classes, some.is_aligned) == (
+        faces.root,
+        faces.classes,
+        faces.is_aligned,
+    )
 
 
 def test_a_digest_is_that_of_the_names_alone():
-    assert faceset_digest(["train/0/b.jpg", "train/1/a.jpg"]) == faceset_digest(["/x/a.jpg", "b.jpg"]) == "3b683f0b"
-    assert faceset_digest(["a.jpg", "b.jpg"]) != faceset_digest(["a.jpg"]) and len(faceset_digest([])) == 8
+    assert (
+        faceset_digest(["train/0/b.jpg", "train/1/a.jpg"])
+        == faceset_digest(["/x/a.jpg", "b.jpg"])
+        == "3b683f0b"
+    )
+    assert (
+        faceset_digest(["a.jpg", "b.jpg"]) != faceset_digest(["a.jpg"])
+        and len(faceset_digest([])) == 8
+    )

@@ -28,7 +28,9 @@ def test_faces_and_numbers_are_those_of_infer(checkpoint, tmp_path):
     assert [f"{v:.2f}" for v in face.box] == [row[key] for key in ("x1", "y1", "x2", "y2")]
     assert "|".join(face.prediction_set) == row["set"]
     x1, y1, x2, y2 = face.box
-    assert ((face.landmarks > torch.tensor([x1, y1])) & (face.landmarks < torch.tensor([x2, y2]))).all()
+    assert (
+        (face.landmarks > torch.tensor([x1, y1])) & (face.landmarks < torch.tensor([x2, y2]))
+    ).all()
 
 
 def test_every_kind_of_picture_gives_the_same_face(checkpoint):

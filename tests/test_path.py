@@ -27,11 +27,17 @@ from models.running import cli
 pytestmark = pytest.mark.real
 CKPT = Path(cli.DEFAULT_CHECKPOINT)
 # Reports under visualizations/ of the shipped checkpoints, and the test set that each is of.
-REPORTS = {"test": ("resnet18_utk.pt", "utk"), "fairface_val": ("resnet18_utk.pt", "fairface"),
-           "general_test": ("resnet18_general.pt", "utk"), "general_fairface_val": ("resnet18_general.pt", "fairface")}
+REPORTS = {
+    "test": ("resnet18_utk.pt", "utk"),
+    "fairface_val": ("resnet18_utk.pt", "fairface"),
+    "general_test": ("resnet18_general.pt", "utk"),
+    "general_fairface_val": ("resnet18_general.pt", "fairface"),
+}
 
 
-def unpack(archive: Path, folder: Path, every: int = 1, names: set[str] | None = None) -> list[Path]:
+def unpack(
+    archive: Path, folder: Path, every: int = 1, names: set[str] | None = None
+) -> list[Path]:
     """Extracts every n-th picture of a tar by name, or those named, flat by path; returns where they lie."""
     with tarfile.open(archive) as tar:
         members = sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name)
@@ -51,7 +57,9 @@ def read_csv(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def published_split(faces_data) -> dict[str, list[dict]]:
     rows = read_csv(faces_data / "utk_seed_split.csv")
-    return {split: [row for row in rows if row["split"] == split] for split in ("train", "val", "test")}
+    return {
+        split: [row for row in rows if row["split"] == split] for split in ("train", "val", "test")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,36 +68,91 @@ def classifier():
 
 
 def test_build_train_evaluate_infer(faces_data, tmp_path, monkeypatch):
-    unpack(faces_data / "UTKFace.tar", tmp_path / "raw", every=9)                        # 2,469 chips
-    utk_dataset_builder.main(["--src", str(tmp_path / "raw"), "--dst", str(tmp_path / "races"), "--vis_dir",
-                              str(tmp_path / "vis"), "--out_res", "112"])
+    unpack(faces_data / "UTKFace.tar", tmp_path / "raw", every=9)  # 2,469 chips
+    utk_dataset_builder.main(
+        [
+            "--src",
+            str(tmp_path / "raw"),
+            "--dst",
+            str(tmp_path / "races"),
+            "--vis_dir",
+            str(tmp_path / "vis"),
+            "--out_res",
+            "112",
+        ]
+    )
     manifest = read_csv(tmp_path / "races" / "manifest.csv")
-    assert len(manifest) >= 2000 and {row["aligned_by"] for row in manifest} == {"mtcnn", "template"}
+    assert len(manifest) >= 2000 and {row["aligned_by"] for row in manifest} == {
+        "mtcnn",
+        "template",
+    }
     assert all((tmp_path / "races" / row["file"]).is_file() for row in manifest)
 
-    short = train.Recipe((16, 30, 96, 110), ((1.0, 64),), "cosine", 1, 0.05, 0.0, 0.0, 0.98, 0.2, False, "best")
+    short = train.Recipe(
+        (16, 30, 96, 110), ((1.0, 64),), "cosine", 1, 0.05, 0.0, 0.0, 0.98, 0.2, False, "best"
+    )
     monkeypatch.setitem(train.RECIPES, "default", short)
-    train.main(["--data", str(tmp_path / "races"), "--out", str(tmp_path / "short.pt"), "--epochs", "6",
-                "--vis_dir", str(tmp_path / "vis")])
-    evaluate.main(["--data", str(tmp_path / "races"), "--ckpt", str(tmp_path / "short.pt"), "--out_dir",
-                   str(tmp_path / "vis")])
+    train.main(
+        [
+            "--data",
+            str(tmp_path / "races"),
+            "--out",
+            str(tmp_path / "short.pt"),
+            "--epochs",
+            "6",
+            "--vis_dir",
+            str(tmp_path / "vis"),
+        ]
+    )
+    evaluate.main(
+        [
+            "--data",
+            str(tmp_path / "races"),
+            "--ckpt",
+            str(tmp_path / "short.pt"),
+            "--out_dir",
+            str(tmp_path / "vis"),
+        ]
+    )
     figures = json.loads((tmp_path / "vis" / "test_metrics.json").read_text())
     majority = max(c["n"] for c in figures["per_class"].values()) / figures["n"]
     assert figures["accuracy"] > majority + 0.08
 
-    infer.main(["--input_dir", str(tmp_path / "races" / "test"), "--output_dir", str(tmp_path / "out"), "--ckpt",
-                str(tmp_path / "short.pt")])
+    infer.main(
+        [
+            "--input_dir",
+            str(tmp_path / "races" / "test"),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--ckpt",
+            str(tmp_path / "short.pt"),
+        ]
+    )
     rows = read_csv(tmp_path / "out" / "predictions.csv")
-    right = [row["ethnicity"] == ("White", "Black", "Asian", "Indian")[int(row["file"][0])] for row in rows]
+    right = [
+        row["ethnicity"] == ("White", "Black", "Asian", "Indian")[int(row["file"][0])]
+        for row in rows
+    ]
     assert sum(right) / len(right) == pytest.approx(figures["accuracy"], abs=0.005)
 
 
 def test_wild_photographs_have_a_row_each(faces_data, tmp_path):
     photos = unpack(faces_data / "wild.tar", tmp_path)
-    infer.main(["--input_dir", str(tmp_path / "wild"), "--output_dir", str(tmp_path / "out"), "--ckpt", str(CKPT),
-                "--visualize"])
+    infer.main(
+        [
+            "--input_dir",
+            str(tmp_path / "wild"),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--ckpt",
+            str(CKPT),
+            "--visualize",
+        ]
+    )
     rows = read_csv(tmp_path / "out" / "predictions.csv")
-    assert [row["file"] for row in rows] == list_images(tmp_path / "wild") and len(rows) == len(photos) == 234
+    assert [row["file"] for row in rows] == list_images(tmp_path / "wild") and len(rows) == len(
+        photos
+    ) == 234
     assert sum(row["status"] == "ok" for row in rows) >= 190
     lines = (tmp_path / "out" / "pred_ethnicities.txt").read_text().splitlines()
     assert lines == [f"{row['file']} {row['ethnicity']}" for row in rows if row["status"] == "ok"]
@@ -105,7 +168,10 @@ def labelled_sets(faces_data, published_split, tmp_path_factory) -> dict[str, li
     classes = ("White", "Black", "Asian", "Indian")
     with open(folder / "utk.csv", "w") as file:
         file.write("image,class\n")
-        file.writelines(f"{places[row['file']]},{classes[int(row['label'])]}\n" for row in published_split["test"])
+        file.writelines(
+            f"{places[row['file']]},{classes[int(row['label'])]}\n"
+            for row in published_split["test"]
+        )
     unpack(faces_data / "FairFace_val.tar", folder)
     return {"utk": ["--data", str(folder / "utk.csv")],
             "fairface": ["--data", str(folder / "FairFace_val"), "--class_map",
@@ -116,7 +182,15 @@ def labelled_sets(faces_data, published_split, tmp_path_factory) -> dict[str, li
 def test_shipped_checkpoint_reaches_its_stated_figure(report, labelled_sets, tmp_path):
     """All pictures of both test sets, by each shipped checkpoint: at most half a point below what README.md states."""
     ckpt, test_set = REPORTS[report]
-    evaluate.main([*labelled_sets[test_set], "--ckpt", str(ROOT / "checkpoints" / ckpt), "--out_dir", str(tmp_path)])
+    evaluate.main(
+        [
+            *labelled_sets[test_set],
+            "--ckpt",
+            str(ROOT / "checkpoints" / ckpt),
+            "--out_dir",
+            str(tmp_path),
+        ]
+    )
     figures = json.loads((tmp_path / "test_metrics.json").read_text())
     wanted = json.loads((ROOT / "visualizations" / f"{report}_metrics.json").read_text())
     assert wanted["checkpoint"] == ckpt and figures["n"] == wanted["n"]
@@ -142,16 +216,22 @@ def test_labels_of_infer_are_those_of_the_float32_network(ckpt, faces_data, tmp_
     print(f"{ckpt}: {int(different.sum())} other labels of {len(views)}, probabilities up to "
           f"{(fast - plain).abs().max():.4f} apart")
     assert len(views) == len(chips) and different.float().mean() <= 0.002
-    assert (fast - plain).abs().max() <= 0.02 and (best.values[different].diff(dim=1).abs() <= 0.04).all()
+    assert (fast - plain).abs().max() <= 0.02 and (
+        best.values[different].diff(dim=1).abs() <= 0.04
+    ).all()
 
 
-def black_outside_chip(images: torch.Tensor, image_index: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
+def black_outside_chip(
+    images: torch.Tensor, image_index: torch.Tensor, landmarks: torch.Tensor
+) -> torch.Tensor:
     """Each face's photograph, black but for the region that an average UTKFace chip would show of it."""
     to_template = fit_similarity(landmarks, torch.tensor(TEMPLATE))
     chip = fit_similarity(torch.tensor([CHIP_LANDMARKS]), torch.tensor(TEMPLATE))[0]
     low, high = (chip[:, :2] @ torch.tensor([-0.5, -0.5]) + chip[:, 2],
                  chip[:, :2] @ torch.tensor([199.5, 199.5]) + chip[:, 2])
-    y, x = torch.meshgrid(torch.arange(images.shape[2]), torch.arange(images.shape[3]), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(images.shape[2]), torch.arange(images.shape[3]), indexing="ij"
+    )
     points = torch.einsum("nij,hwj->nhwi", to_template[:, :, :2], torch.stack([x, y], -1).float())
     points = points + to_template[:, None, None, :, 2]
     inside = ((points > low) & (points < high)).all(-1)
@@ -160,15 +240,25 @@ def black_outside_chip(images: torch.Tensor, image_index: torch.Tensor, landmark
 
 def test_labels_do_not_come_from_outside_the_chip(faces_data, classifier, tmp_path):
     """Faces as they are, and with everything outside an average chip blacked out, get the same label in >= 98.5 %."""
-    photos = unpack(faces_data / "wild.tar", tmp_path) + unpack(faces_data / "FairFace_val.tar", tmp_path)
+    photos = unpack(faces_data / "wild.tar", tmp_path) + unpack(
+        faces_data / "FairFace_val.tar", tmp_path
+    )
     detector, spec, same = MTCNN(), classifier.spec, []
     for batch in load_photos(photos, 16, 1):
         faces = detector.detect(batch.images, batch.sizes)
         for some in torch.arange(len(faces.boxes)).split(8):
             index, landmarks = faces.image_index[some], faces.landmarks[some]
-            whole = align_faces(batch.images, batch.sizes, index, landmarks, spec.window, spec.input_size)
-            black = align_faces(black_outside_chip(batch.images, index, landmarks), batch.sizes[index],
-                                torch.arange(len(index)), landmarks, spec.window, spec.input_size)
+            whole = align_faces(
+                batch.images, batch.sizes, index, landmarks, spec.window, spec.input_size
+            )
+            black = align_faces(
+                black_outside_chip(batch.images, index, landmarks),
+                batch.sizes[index],
+                torch.arange(len(index)),
+                landmarks,
+                spec.window,
+                spec.input_size,
+            )
             with torch.inference_mode():
                 same += (classifier(whole).argmax(1) == classifier(black).argmax(1)).tolist()
     print(f"same label {100 * sum(same) / len(same):.2f} % of {len(same)} faces")
@@ -178,25 +268,58 @@ def test_labels_do_not_come_from_outside_the_chip(faces_data, classifier, tmp_pa
 def test_pasted_chips_lose_at_most_half_a_point(faces_data, published_split, tmp_path):
     """Validation chips pasted into a larger natural picture and sent through infer.py, against evaluate.py."""
     chosen = published_split["val"][::4]
-    places = {p.name: p for p in unpack(faces_data / "UTKFace.tar", tmp_path, names={row["file"] for row in chosen})}
+    places = {
+        p.name: p
+        for p in unpack(faces_data / "UTKFace.tar", tmp_path, names={row["file"] for row in chosen})
+    }
     classes = ("White", "Black", "Asian", "Indian")
-    faceless = next(row["file"] for row in read_csv(faces_data / "mtcnn_reference.csv")
-                    if row["archive"] == "wild.tar" and row["face"] == "-1" and int(row["width"]) > 400)
+    faceless = next(
+        row["file"]
+        for row in read_csv(faces_data / "mtcnn_reference.csv")
+        if row["archive"] == "wild.tar" and row["face"] == "-1" and int(row["width"]) > 400
+    )
     with tarfile.open(faces_data / "wild.tar") as tar:
-        ground = Image.open(io.BytesIO(tar.extractfile(faceless).read())).convert("RGB").resize((360, 330))
+        ground = (
+            Image.open(io.BytesIO(tar.extractfile(faceless).read()))
+            .convert("RGB")
+            .resize((360, 330))
+        )
     (tmp_path / "pasted").mkdir()
     with open(tmp_path / "list.csv", "w") as file:
         file.write("image,class\n")
         for i, row in enumerate(chosen):
             photo = ground.copy()
-            photo.paste(Image.open(places[row["file"]]).convert("RGB"), (20 + i % 120, 15 + i % 100))
+            photo.paste(
+                Image.open(places[row["file"]]).convert("RGB"), (20 + i % 120, 15 + i % 100)
+            )
             photo.save(tmp_path / "pasted" / f"{Path(row['file']).name}.png", compress_level=1)
             file.write(f"{places[row['file']]},{classes[int(row['label'])]}\n")
-    evaluate.main(["--data", str(tmp_path / "list.csv"), "--ckpt", str(CKPT), "--out_dir", str(tmp_path),
-                   "--save_probs"])
-    infer.main(["--input_dir", str(tmp_path / "pasted"), "--output_dir", str(tmp_path / "out"), "--ckpt", str(CKPT)])
+    evaluate.main(
+        [
+            "--data",
+            str(tmp_path / "list.csv"),
+            "--ckpt",
+            str(CKPT),
+            "--out_dir",
+            str(tmp_path),
+            "--save_probs",
+        ]
+    )
+    infer.main(
+        [
+            "--input_dir",
+            str(tmp_path / "pasted"),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--ckpt",
+            str(CKPT),
+        ]
+    )
     told = np.load(tmp_path / "test_probs.npz")
-    by_evaluate = {Path(str(name)).name: int(p.argmax()) for name, p in zip(told["files"], told["probs"], strict=True)}
+    by_evaluate = {
+        Path(str(name)).name: int(p.argmax())
+        for name, p in zip(told["files"], told["probs"], strict=True)
+    }
     by_infer = {row["file"].removesuffix(".png"): classes.index(row["ethnicity"])
                 for row in read_csv(tmp_path / "out" / "predictions.csv") if row["status"] == "ok"}
     label = {row["file"]: int(row["label"]) for row in chosen}

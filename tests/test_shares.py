@@ -245,7 +245,7 @@ def test_mistakes_are_named(val):
 def test_report_of_all_faces_and_of_large_enough_groups(val, rng, tmp_path, capsys):
     probs = draw_faces((20, 10, 10, 10), rng)[0]
     groups = np.repeat([0, 1, -1], [30, 15, 5]).astype(np.int32)
-    tally = Tally(None, None, probs, groups, ["b\udcff", "small"])  # a byte not in UTF-8
+    tally = Tally(None, None, None, probs, groups, ["b\udcff", "small"])  # a byte not in UTF-8
     calibration = Calibration(1.0, (0.0,) * 4, torch.tensor(val[0]), torch.tensor(val[1]))
     report_shares(tally, calibration, CLASSES, tmp_path, with_groups=True)
     printed = capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_without_an_estimate_the_reason_is_printed_and_no_file_stays(val, tmp_pa
                              (1, None, "1 face is too few"),
                              (20, None, "not calibrated")):
         (tmp_path / "shares.json").write_text("of an earlier run")
-        tally = Tally(None, None, np.full((n, 4), 0.25), np.full(n, -1, np.int32), [])
+        tally = Tally(None, None, None, np.full((n, 4), 0.25), np.full(n, -1, np.int32), [])
         report_shares(tally, known, CLASSES, tmp_path)
         assert reason in capsys.readouterr().out and not list(tmp_path.iterdir())
 

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.faces.checkpoint import Checkpoint
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import (
     Classification,
     FacePolicy,
@@ -20,6 +19,7 @@ from models.faces.pipeline import (
 )
 from models.faces.predictions import Prediction, Thresholds, label_name, predict_labels
 from models.faces.predictor import Predictor, network_batch_size
+from models.faces.second_look import load_detector
 
 Photo = str | Path | bytes | np.ndarray | Image.Image
 
@@ -42,12 +42,13 @@ class LabelledFace:
     box: tuple[float, ...] | None = None
     landmarks: Tensor | None = None
     detector_score: float | None = None
+    found_by: str = ""
     error: str = ""
 
 
 def label_photos(photos: Sequence[Photo], checkpoint: Checkpoint, *, faces: str = "all",
                  device: str = "cpu", min_face_size: float = 20, alpha: float = 0.1,
-                 align: str = "auto") -> list[LabelledFace]:
+                 align: str = "auto", second_look: bool = True) -> list[LabelledFace]:
     """The labelled faces of pictures, by picture and descending size.
 
     photos: paths, bytes of image files, PIL images, or arrays (H, W, 3) uint8 RGB. faces: 'all' or
@@ -57,7 +58,7 @@ def label_photos(photos: Sequence[Photo], checkpoint: Checkpoint, *, faces: str 
     """
     torch_device = torch.device(device)
     predictor = Predictor(checkpoint, torch_device)
-    detector = MTCNN(min_face_size=min_face_size).to(torch_device)
+    detector = load_detector(torch_device, min_face_size, second_look)
     classified = classify_photos(
         [encode_photo(photo) for photo in photos], predictor, detector,
         FacePolicy(faces, align=align),
@@ -75,7 +76,7 @@ def labelled_face(row: FaceRow, prediction: Prediction, names: list[str]) -> Lab
         return LabelledFace(row.position, row.status, error=row.error)
     probs = dict(zip(names, row.probs.tolist(), strict=True))
     return LabelledFace(row.position, row.status, prediction.label, max(probs.values()), probs,
-                        prediction.classes, row.box, row.landmarks, row.score)
+                        prediction.classes, row.box, row.landmarks, row.score, row.found_by)
 
 
 def encode_photo(photo: Photo) -> str | bytes:

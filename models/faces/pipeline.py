@@ -21,6 +21,7 @@ from models.data.batches import (
     load_photos,
 )
 from models.data.chunks import DECODE_BATCH, chunk_size, count_chunks
+from models.faces import second_look
 from models.faces.align import (
     CHIP_LANDMARKS,
     TEMPLATE,
@@ -94,6 +95,7 @@ class FaceRow:
     face: int                               # by descending size, from 0
     status: str                             # one of predictions.STATUSES
     aligned_by: str = ""                    # 'mtcnn', 'template' (mean landmarks) or 'crop'
+    found_by: str = ""                      # one of second_look.FOUND_BY, or 'crop'
     box: tuple[float, ...] | None = None    # x1, y1, x2, y2, pixels of the upright picture
     score: float | None = None              # of the detector
     landmarks: Tensor | None = None         # (5, 2) float32, pixels of the upright picture
@@ -348,7 +350,7 @@ def crop_rows(crops: PhotoBatch, view: ViewSpec) -> tuple[list[FaceRow], Tensor]
     if view.with_crops:
         whole_crops = views_of_crops(crops.images, crops.sizes, WHOLE_TEMPLATE, TEMPLATE_SIZE,
                                      chips=view.chips).cpu()
-    rows = [FaceRow(position, 0, "ok", "crop", crop=crop)
+    rows = [FaceRow(position, 0, "ok", "crop", "crop", crop=crop)
             for position, crop in zip(crops.positions, whole_crops, strict=True)]
     return rows, views
 
@@ -363,12 +365,19 @@ def photo_rows(found: FoundFaces, view: ViewSpec) -> tuple[list[FaceRow], Tensor
         whole_crops = align_faces(*source, WHOLE_TEMPLATE, TEMPLATE_SIZE).cpu()
     image_index = faces.image_index.cpu()
     scales = photos.scales[image_index, None]
-    columns = zip(image_index.tolist(), found.numbers.tolist(),
+    columns = zip(image_index.tolist(), found.numbers.tolist(), ways_found(faces),
                   (faces.boxes.cpu() / scales).tolist(), faces.scores.tolist(),
                   faces.landmarks.cpu() / scales[:, None], whole_crops, strict=True)
-    rows = [FaceRow(photos.positions[i], number, "ok", "mtcnn", tuple(box), score, landmarks, crop)
-            for i, number, box, score, landmarks, crop in columns]
+    rows = [FaceRow(photos.positions[i], number, "ok", "mtcnn", way, tuple(box), score, landmarks,
+                    crop) for i, number, way, box, score, landmarks, crop in columns]
     return rows, views
+
+
+def ways_found(faces: Faces) -> list[str]:
+    """How each face was found; a detector without the second look finds upright faces."""
+    if isinstance(faces, second_look.FoundFaces):
+        return [second_look.FOUND_BY[code] for code in faces.found_by.tolist()]
+    return [second_look.FOUND_BY[0]] * len(faces.boxes)
 
 
 def align_by_mean(batch: PhotoBatch, chunk: int, mean: Tensor, view: ViewSpec,

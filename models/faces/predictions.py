@@ -21,7 +21,7 @@ def prediction_columns(classes: Sequence[str]) -> list[str]:
     """The columns of predictions.csv for the classes of a checkpoint."""
     return ["file", "face", "status", "ethnicity", "confidence",
             *(f"p_{name}" for name in classes), "set", "x1", "y1", "x2", "y2", "detector_score",
-            "error"]
+            "found_by", "error"]
 
 
 def label_name(name: str) -> str:
@@ -82,7 +82,8 @@ def format_row(name: str, row: FaceRow, prediction: Prediction, n_classes: int) 
     box = [f"{value:.2f}" for value in row.box] if row.box else [""] * 4
     score = "" if row.score is None else f"{row.score:.6f}"
     cells = [quote_cell(name), str(row.face), row.status, quote_cell(prediction.label), *numbers,
-             quote_cell("|".join(prediction.classes)), *box, score, quote_cell(row.error)]
+             quote_cell("|".join(prediction.classes)), *box, score, row.found_by,
+             quote_cell(row.error)]
     return ",".join(cells) + "\n"
 
 

@@ -23,6 +23,7 @@ class Tally:
     """Counts of rows by status and of faces by label; the probabilities and group of each face."""
     statuses: Counter
     labels: Counter
+    found_by: Counter           # faces by the way they were found
     probs: np.ndarray           # (n, C) float64 of the n faces
     groups: np.ndarray          # (n,) int32 position in group_names, -1 for a face without a group
     group_names: list[str]
@@ -119,6 +120,7 @@ def tally_predictions(path: Path, classes: Sequence[str], by: str | None = None,
     """
     statuses: Counter = Counter()
     labels: Counter = Counter()
+    found_by: Counter = Counter()
     probs, group_numbers, numbers = array("d"), array("i"), {}
     keys = prediction_columns(classes)[FIRST_PROB_COLUMN:FIRST_PROB_COLUMN + len(classes)]
     for row in read_predictions(path):
@@ -126,10 +128,11 @@ def tally_predictions(path: Path, classes: Sequence[str], by: str | None = None,
         if row["status"] != "ok":
             continue
         labels[row["ethnicity"]] += 1
+        found_by[row.get("found_by") or "unknown"] += 1
         probs.extend(float(row[key]) for key in keys)
         if by or groups is not None:
             group = folder_group(row["file"]) if groups is None else groups.get(row["file"])
             is_grouped = group is not None
             group_numbers.append(numbers.setdefault(group, len(numbers)) if is_grouped else -1)
-    return Tally(statuses, labels, np.array(probs).reshape(-1, len(classes)),
+    return Tally(statuses, labels, found_by, np.array(probs).reshape(-1, len(classes)),
                  np.array(group_numbers, np.int32), list(numbers))

@@ -69,6 +69,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def on_off(text: str) -> bool:
+    """argparse type: 'on' or 'off'."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expects on or off, got {text!r}")
+    return text == "on"
+
+
 def class_map(text: str) -> dict[str, str]:
     """argparse type: 'Caucasian=White,East_Asian=Asian' -> {'Caucasian': 'White', ...}."""
     pairs = [pair.split("=") for pair in text.split(",") if pair.strip()]
@@ -156,6 +163,13 @@ def add_device(parser: Parser, default: str = "auto") -> None:
                         help="auto, cpu, cuda or cuda:N (%(default)s)")
 
 
+def add_second_look(parser: Parser) -> None:
+    """--second_look, whose value is a bool."""
+    parser.add_argument("--second_look", type=on_off, default=True, metavar="on|off",
+                        help="look again with a second detector, and turned, where the first finds "
+                             "no certain upright face (on)")
+
+
 def add_photo_flags(parser: Parser) -> None:
     """Flags of decoding and detection: --min_face_size, --max_side, --num_workers and --device."""
     parser.add_argument("--min_face_size", type=positive_float, default=20, metavar="PX",
@@ -163,6 +177,7 @@ def add_photo_flags(parser: Parser) -> None:
     parser.add_argument("--max_side", type=positive_int, default=3000, metavar="PX",
                         help="photographs with a longer edge are reduced to this length before "
                              "detection (%(default)s)")
+    add_second_look(parser)
     add_num_workers(parser, "number of decoding processes; 0 decodes in the threads that run the "
                             "networks (CPU 0; CUDA: by the number of cores and photographs)")
     add_device(parser)

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from models.data.faceset import FaceSet
 from models.faces.align import TEMPLATE_SIZE, WHOLE_TEMPLATE, crop_views
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import ViewSpec, align_labelled_set
+from models.faces.second_look import load_detector
 from models.running.ranks import per_local_rank
 from models.training.auxiliary import aux_targets
 from models.training.process import Process
@@ -62,7 +62,7 @@ def load_crops(sets: list[FaceSet], titles: list[str], resolution: int, process:
 def load_set(faces: FaceSet, title: str, resolution: int, process: Process, num_workers: int,
              has_aux: bool) -> Crops:
     """The crops of one set, as for load_crops."""
-    detector = MTCNN(min_face_size=MIN_FACE_SIZE).to(process.device)
+    detector = load_detector(process.device, MIN_FACE_SIZE)
     pixels = torch.empty(len(faces), 3, resolution, resolution, dtype=torch.uint8)
     is_readable, n_faceless = torch.ones(len(faces), dtype=torch.bool), 0
     batches = align_labelled_set(faces.paths(), faces.is_aligned, detector,
