@@ -254,7 +254,8 @@ def open_run(parser: cli.Parser, args: argparse.Namespace, rank: int) -> Run:
     """The run of these flags, new or resumed; rank 0 lists pictures and open chunks for all."""
     folder = args.output_dir / PARTS
     names = ("input_dir", "in_list", "align", "faces", "min_face_size", "max_side",
-             "second_look", "flip", "min_confidence", "target_error", "alpha", "visualize", "batch_size")
+             "second_look", "flip", "min_confidence", "target_error", "alpha", "visualize",
+             "batch_size")
     flags = {name: getattr(args, name) for name in names}
     flags["ckpt"] = zlib.crc32(Path(args.ckpt).read_bytes())
     begin = partial(begin_run, input_dir=args.input_dir, in_list=args.in_list)

@@ -1,4 +1,6 @@
-"""Pictures without people, to count false faces on: photographs that come with packages, and drawn ones."""
+"""Pictures without people, to count false faces on: photographs that come with packages, and
+drawn ones.
+"""
 import importlib.util
 import io
 from collections.abc import Iterator
@@ -47,7 +49,9 @@ DRAWN = 75
 
 
 def pictures_without_people() -> Iterator[tuple[str, Image.Image]]:
-    """(name, RGB picture) of 200 pictures, the same in every run; fewer where a package is missing."""
+    """(name, RGB picture) of 200 pictures, the same in every run; fewer where a package is
+    missing.
+    """
     for package, names in PACKAGED.items():
         spec = importlib.util.find_spec(package)
         for name in names if spec else ():
@@ -78,7 +82,7 @@ def parts_of(path: Path) -> Iterator[tuple[str, Image.Image]]:
         yield f"{path.stem}_{i}", part.rotate(90 * (i // 3))
 
 
-# ------------------------------------------------------------------------------------------------------- drawn pictures
+# ----------------------------------------------------------------------------------- drawn pictures
 def gradient(seed: int) -> Image.Image:
     """A plain colour that fades into another, with a little noise."""
     rng = np.random.default_rng(seed)

@@ -31,7 +31,9 @@ def chip_name(i: int, label: int) -> str:
 
 @pytest.fixture(scope="module")
 def chips() -> dict[str, bytes]:
-    """File name -> bytes: 40 chips, 10 a class, with a pair of equals, a pair that disagrees, and odd files."""
+    """File name -> bytes: 40 chips, 10 a class, with a pair of equals, a pair that
+    disagrees, and odd files.
+    """
     files = {chip_name(i, i % 4): jpeg(draw_blots(i)) for i in range(40)}
     files[chip_name(101, 1)] = files[chip_name(1, 1)]
     files[chip_name(102, 3)] = files[chip_name(2, 2)]
@@ -339,7 +341,9 @@ def test_a_finished_set_is_replaced_only_when_asked_and_only_by_a_whole_one(
 
 
 def damage_archives(folder: Path) -> None:
-    """cut.tar.gz ends early, bent.tar.gz and bent.zip hold broken streams, locked.zip says that it is encrypted."""
+    """cut.tar.gz ends early, bent.tar.gz and bent.zip hold broken streams, locked.zip says
+    that it is encrypted.
+    """
     noise = np.random.default_rng(0).bytes(40_000)
     with tarfile.open(folder / "whole.tar.gz", "w:gz") as archive:
         member = tarfile.TarInfo(chip_name(0, 0))
@@ -417,7 +421,9 @@ def test_two_thousand_real_chips(tmp_path, faces_data):
 
 
 def warp_differences(src: Path, built: Path, rows: list[dict]) -> list[float]:
-    """Mean grey levels between each crop and scikit-image's warp of the chip by the landmarks found in it."""
+    """Mean grey levels between each crop and scikit-image's warp of the chip by the
+    landmarks found in it.
+    """
     transform = pytest.importorskip("skimage.transform")
     differences = []
     for row in rows:

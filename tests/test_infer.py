@@ -1,4 +1,6 @@
-"""infer.py as a user runs it: a row for every picture, the same bytes however the work is shared out, honest ends."""
+"""infer.py as a user runs it: a row for every picture, the same bytes however the work is shared
+out, honest ends.
+"""
 import csv
 import itertools
 import json
@@ -38,7 +40,9 @@ CLASSES = ("White", "Black", "East Asian", "Indian")
 
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory) -> Path:
-    """A checkpoint with drawn weights, batch-norm statistics that are none of the defaults, and a calibration."""
+    """A checkpoint with drawn weights, batch-norm statistics that are none of the defaults,
+    and a calibration.
+    """
     torch.manual_seed(0)
     classifier = FaceClassifier(FaceSpec(CLASSES, TEMPLATE, (14.0, 22.0, 98.0, 106.0), 32)).train()
     with torch.no_grad():
@@ -56,7 +60,9 @@ def ckpt(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_shares(request, monkeypatch):
-    """Estimating and drawing shares takes longest of all on a few crops: only tests of them do it."""
+    """Estimating and drawing shares takes longest of all on a few crops: only tests of them
+    do it.
+    """
     if "shares" not in request.node.name:
         monkeypatch.setattr(shares, "MIN_FACES", 1000)
 
@@ -111,7 +117,7 @@ def refused(capsys, *flags) -> str:
     return line
 
 
-# ----------------------------------------------------------------------------------------------------- photographs
+# -------------------------------------------------------------------------------------- photographs
 def test_every_picture_gets_its_row(tmp_path, ckpt, face, monkeypatch):
     source = tmp_path / "in"
     source.mkdir()
@@ -203,7 +209,7 @@ def test_all_faces_come_by_size_in_pixels_of_the_original(tmp_path, ckpt, face):
     assert [line.rsplit(" ", 1)[0] for line in text] == ["two.png_0", "two.png_1"]
 
 
-# ---------------------------------------------------------------------------------------------------- finished crops
+# ----------------------------------------------------------------------------------- finished crops
 def test_probabilities_are_those_of_the_plain_network(tmp_path, ckpt, crops):
     from models.faces.align import crop_views
     rows = run(tmp_path, ckpt, source=crops)
@@ -357,7 +363,7 @@ def test_finished_crops_of_any_side_must_be_square(tmp_path, ckpt):
     )
 
 
-# -------------------------------------------------------------------------------------------------- doubt and shares
+# --------------------------------------------------------------------------------- doubt and shares
 def test_the_doubtful_are_uncertain_and_keep_their_probabilities(tmp_path, ckpt, crops):
     plain = run(tmp_path, ckpt, source=crops)
     middle = sorted(float(row["confidence"]) for row in plain)[20]
@@ -527,7 +533,7 @@ def test_an_uncalibrated_checkpoint_gives_no_shares(tmp_path, ckpt, crops, capsy
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 def test_mistakes_are_one_line_that_names_the_flag(tmp_path, ckpt, crops, capsys):
     out, source = ["--output_dir", tmp_path / "out"], ["--input_dir", crops]
     (tmp_path / "empty").mkdir()
@@ -561,7 +567,7 @@ def test_results_are_not_lost_unasked(tmp_path, ckpt, crops, capsys):
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------------- single steps
+# ------------------------------------------------------------------------------------- single steps
 def test_fusing_batch_norm_changes_nothing(ckpt):
     checkpoint = load_checkpoint(ckpt)
     plain = checkpoint.classifier(torch.device("cpu"))

@@ -1,4 +1,6 @@
-"""The whole path on real faces, and the shipped checkpoint: builder, training, evaluation, inference, one geometry."""
+"""The whole path on real faces, and the shipped checkpoint: builder, training, evaluation,
+inference, one geometry.
+"""
 import csv
 import io
 import json
@@ -38,7 +40,9 @@ REPORTS = {
 def unpack(
     archive: Path, folder: Path, every: int = 1, names: set[str] | None = None
 ) -> list[Path]:
-    """Extracts every n-th picture of a tar by name, or those named, flat by path; returns where they lie."""
+    """Extracts every n-th picture of a tar by name, or those named, flat by path; returns
+    where they lie.
+    """
     with tarfile.open(archive) as tar:
         members = sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name)
         chosen = [m for m in members if Path(m.name).name in names] if names else members[::every]
@@ -180,7 +184,9 @@ def labelled_sets(faces_data, published_split, tmp_path_factory) -> dict[str, li
 
 @pytest.mark.parametrize("report", REPORTS)
 def test_shipped_checkpoint_reaches_its_stated_figure(report, labelled_sets, tmp_path):
-    """All pictures of both test sets, by each shipped checkpoint: at most half a point below what README.md states."""
+    """All pictures of both test sets, by each shipped checkpoint: at most half a point below
+    what README.md states.
+    """
     ckpt, test_set = REPORTS[report]
     evaluate.main(
         [
@@ -200,7 +206,9 @@ def test_shipped_checkpoint_reaches_its_stated_figure(report, labelled_sets, tmp
 
 @pytest.mark.parametrize("ckpt", ["resnet18_general.pt", "resnet18_utk.pt"])
 def test_labels_of_infer_are_those_of_the_float32_network(ckpt, faces_data, tmp_path):
-    """Real faces: >= 99.8 % of the labels, probabilities within 0.02, and what differs is a near-tie."""
+    """Real faces: >= 99.8 % of the labels, probabilities within 0.02, and what differs is a
+    near-tie.
+    """
     chips = [str(path) for path in unpack(faces_data / "UTKFace.tar", tmp_path, every=15)]
     checkpoint = load_checkpoint(ROOT / "checkpoints" / ckpt)
     spec, network = checkpoint.spec, checkpoint.classifier(torch.device("cpu"))
@@ -224,7 +232,9 @@ def test_labels_of_infer_are_those_of_the_float32_network(ckpt, faces_data, tmp_
 def black_outside_chip(
     images: torch.Tensor, image_index: torch.Tensor, landmarks: torch.Tensor
 ) -> torch.Tensor:
-    """Each face's photograph, black but for the region that an average UTKFace chip would show of it."""
+    """Each face's photograph, black but for the region that an average UTKFace chip would
+    show of it.
+    """
     to_template = fit_similarity(landmarks, torch.tensor(TEMPLATE))
     chip = fit_similarity(torch.tensor([CHIP_LANDMARKS]), torch.tensor(TEMPLATE))[0]
     low, high = (chip[:, :2] @ torch.tensor([-0.5, -0.5]) + chip[:, 2],
@@ -239,7 +249,9 @@ def black_outside_chip(
 
 
 def test_labels_do_not_come_from_outside_the_chip(faces_data, classifier, tmp_path):
-    """Faces as they are, and with everything outside an average chip blacked out, get the same label in >= 98.5 %."""
+    """Faces as they are, and with everything outside an average chip blacked out, get the
+    same label in >= 98.5 %.
+    """
     photos = unpack(faces_data / "wild.tar", tmp_path) + unpack(
         faces_data / "FairFace_val.tar", tmp_path
     )
@@ -266,7 +278,9 @@ def test_labels_do_not_come_from_outside_the_chip(faces_data, classifier, tmp_pa
 
 
 def test_pasted_chips_lose_at_most_half_a_point(faces_data, published_split, tmp_path):
-    """Validation chips pasted into a larger natural picture and sent through infer.py, against evaluate.py."""
+    """Validation chips pasted into a larger natural picture and sent through infer.py,
+    against evaluate.py.
+    """
     chosen = published_split["val"][::4]
     places = {
         p.name: p

@@ -1,4 +1,6 @@
-"""models/faces/second_look.py: which way up, what is left alone, little and odd input, false faces, real pictures."""
+"""models/faces/second_look.py: which way up, what is left alone, little and odd input, false
+faces, real pictures.
+"""
 import io
 import tarfile
 from pathlib import Path

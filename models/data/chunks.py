@@ -10,7 +10,7 @@ MAX_CHUNK = 2048        # files: the most that an interrupted run repeats
 
 
 def chunk_size(n_files: int) -> int:
-    """Files in one chunk: a multiple of DECODE_BATCH, about a 32nd of the list, at most MAX_CHUNK."""
+    """Files in a chunk: a multiple of DECODE_BATCH, about a 32nd of the list, at most MAX_CHUNK."""
     return min(MAX_CHUNK, -(-n_files // (32 * DECODE_BATCH)) * DECODE_BATCH)
 
 

@@ -110,7 +110,10 @@ def read_split_list(path: Path) -> SplitList:
 
 
 def assign_listed_splits(collection: ChipCollection, split_list: SplitList) -> None:
-    """Gives each chip its listed split. Raises SplitListError if a label contradicts the file name."""
+    """Gives each chip its listed split.
+
+    Raises SplitListError if a label contradicts the name of the file.
+    """
     for chip in collection.chips:
         chip.split, label = split_list[os.path.basename(chip.file)]
         if label != chip.label:

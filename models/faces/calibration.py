@@ -57,7 +57,7 @@ def fit_calibration(logits: Tensor, labels: Tensor, balance: float = BALANCE) ->
     check_labelled(logits, labels)
     folds = stratified_folds(labels, FOLDS)
     held_out = {terms: held_out_log_probs(logits, labels, folds, terms)
-                for terms in itertools.product((False, True), repeat=2)}
+                for terms in itertools.product((False, True), (False, True))}
     terms = min(held_out, key=lambda terms: mean_nll(held_out[terms], labels))
     slope, curve, bias = fit_terms(logits, labels, *terms)
     raised = raise_weak(held_out[terms], labels, balance)

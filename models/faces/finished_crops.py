@@ -1,4 +1,4 @@
-"""Pictures that are already aligned: finished crops of the template, and a checkpoint's own chips."""
+"""Aligned pictures: finished crops of the template, and a checkpoint's own chips."""
 import torch
 from torch import Tensor
 

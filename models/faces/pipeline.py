@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from models.data.batches import (
     PhotoBatch,
+    PhotoSources,
     first_position,
     has_shared_memory,
     join_batches,
@@ -33,6 +34,7 @@ from models.faces.classifier import FaceSpec
 from models.faces.finished_crops import Chips, have_crop_size, views_of_crops
 from models.faces.mtcnn import Faces
 from models.faces.predictor import Predictor
+from models.faces.second_look import Search
 from models.faces.selection import select_faces
 from models.running.cli import worker_count
 from models.running.ranks import per_local_rank
@@ -165,9 +167,9 @@ def decode_workers(num_workers: int | None, n_files: int, device: torch.device) 
 
 
 # ---------------------------------------------------------------------------------- files to views
-def align_photos(photos, detector: nn.Module | None, view: ViewSpec, policy: FacePolicy,
-                 loading: Loading = Loading(), *, chunks: Iterable[int] | None = None,
-                 pool: OrderedThreadPool | None = None,
+def align_photos(photos: PhotoSources, detector: nn.Module | None, view: ViewSpec,
+                 policy: FacePolicy, loading: Loading = Loading(), *,
+                 chunks: Iterable[int] | None = None, pool: OrderedThreadPool | None = None,
                  device: torch.device | None = None) -> Iterator[AlignedBatch]:
     """Aligned faces of the pictures of a list, as a stream in the order of the list.
 
@@ -193,7 +195,8 @@ def align_photos(photos, detector: nn.Module | None, view: ViewSpec, policy: Fac
                           batches=numbers, pool=pool)
     found = pool.ordered_map(lambda batch: find_faces(batch, size, detector, view, policy, device),
                              join_batches(batches, size, device))
-    mean, missed = MeanLandmarks(), []
+    mean = MeanLandmarks()
+    missed: list[int] = []
     if policy.without_face == "mean_landmarks":
         found = collect_missed(found, mean, missed)
     yield from pool.ordered_map(lambda batch: render_views(batch, view), split_found(found, view))
@@ -257,7 +260,7 @@ def find_faces(batch: PhotoBatch, size: int, detector: nn.Module | None, view: V
     if not len(photos.positions) or detector is None:
         return FoundFaces(chunk, photos, no_faces(device), torch.zeros(0, dtype=torch.int64),
                           crops, failures)
-    search = detector.detect
+    search: Search = detector.detect      # type: ignore[assignment]
     if policy.faces == "largest":
         search = getattr(detector, "detect_largest", search)
     faces = search(photos.images, photos.sizes)
@@ -401,9 +404,10 @@ class Classification:
     transform: Callable[[Tensor], Tensor] | None = None
 
 
-def classify_photos(photos, predictor: Predictor, detector: nn.Module | None, policy: FacePolicy,
-                    loading: Loading = Loading(), classification: Classification = Classification(),
-                    *, view: ViewSpec | None = None,
+def classify_photos(photos: PhotoSources, predictor: Predictor, detector: nn.Module | None,
+                    policy: FacePolicy, loading: Loading = Loading(),
+                    classification: Classification = Classification(), *,
+                    view: ViewSpec | None = None,
                     chunks: Iterable[int] | None = None) -> Iterator[tuple[int, list[FaceRow]]]:
     """(chunk, its rows by position and face) of a list of pictures; every picture has a row.
 

@@ -25,7 +25,7 @@ class Predictor:
         has_bfloat16 = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
         self.bfloat16 = device.type == "cpu" and has_bfloat16
         if self.bfloat16:
-            convert_convolutions(self.network.backbone)
+            convert_convolutions(self.network.get_submodule("backbone"))
 
     @torch.inference_mode()
     def logits(self, views: Tensor, flip: bool = False) -> Tensor:
@@ -44,8 +44,9 @@ class Predictor:
 
 def convert_convolutions(backbone: nn.Module) -> None:
     """Makes every convolution of a ResNet bfloat16, in place; its input and head stay float32."""
-    backbone.conv1.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),))
-    backbone.fc.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    input_layer, head = backbone.get_submodule("conv1"), backbone.get_submodule("fc")
+    input_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),))
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             module.bfloat16()

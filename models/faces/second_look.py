@@ -103,7 +103,7 @@ class SecondLook(nn.Module):
 
     def find_missed(self, images: Tensor, sizes: Tensor,
                     rows: Tensor) -> tuple[FoundFaces, Tensor]:
-        """CenterFace's faces in the images `rows` (k,), and which (B,) bool have an upright face."""
+        """CenterFace's faces in images `rows` (k,), and which (B,) bool have an upright face."""
         boxes = self.propose(images, sizes, rows, 0, MAX_PIXELS)
         logits, landmarks = self.read_faces(images, boxes, range(4))        # (n, 4), (n, 4, 5, 2)
         is_face = (boxes.scores >= FACE_SCORE) | (logits[:, 0] >= ONET_LOGIT)

@@ -99,7 +99,8 @@ def calibration_figures(probs: Tensor, labels: Tensor, classes: tuple[str, ...])
     correct = predicted == labels
     nll, brier = proper_scores(probs, labels)
     bins = reliability_bins(confidence, correct)
-    figures = dict(zip(("ece", "ece_debiased"), calibration_error(bins), strict=True))
+    ece, debiased = calibration_error(bins)
+    figures: dict = {"ece": ece, "ece_debiased": debiased}
     figures |= {"ece_ci95": list(ece_interval(confidence, correct)), "nll": nll.mean().item(),
                 "brier": brier.mean().item(), "bins": bins.tolist(), "per_class": {}}
     for c, name in enumerate(classes):

@@ -104,7 +104,7 @@ def estimate_shares(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.nda
             "warning": warning_text(p_value)}
 
 
-def check_inputs(probs, val_probs, val_labels,
+def check_inputs(probs: np.ndarray, val_probs: np.ndarray, val_labels: np.ndarray,
                  reference: Labelled | None) -> tuple[np.ndarray, Labelled, Labelled]:
     """Inputs as float64 and int64 arrays; no reference as an empty one. Raises ValueError."""
     probs = np.asarray(probs, dtype=np.float64)
@@ -115,7 +115,8 @@ def check_inputs(probs, val_probs, val_labels,
     n_classes = probs.shape[1]
     check_probs("probs", probs)
     val = check_labelled("val", val_probs, val_labels, n_classes)
-    own = check_labelled("reference", *(reference or (np.empty((0, n_classes)), [])), n_classes)
+    own_probs, own_labels = reference or (np.empty((0, n_classes)), np.empty(0))
+    own = check_labelled("reference", own_probs, own_labels, n_classes)
     missing = np.flatnonzero(np.bincount(val[1], minlength=n_classes) == 0)
     if len(missing):
         raise ValueError(f"shares: class {missing[0]} has no validation face, so its error rates "
@@ -130,7 +131,8 @@ def check_probs(name: str, probs: np.ndarray) -> None:
         raise ValueError(f"shares: {name} has rows that are not probabilities")
 
 
-def check_labelled(name: str, probs, labels, n_classes: int) -> Labelled:
+def check_labelled(name: str, probs: np.ndarray, labels: np.ndarray,
+                   n_classes: int) -> Labelled:
     """Labelled faces: probs (m, C) float64 and labels (m,) int64. Raises ValueError."""
     probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     if probs.shape != (len(labels), n_classes):
@@ -257,7 +259,7 @@ def simplex_least_squares(A: np.ndarray, q: np.ndarray) -> np.ndarray:
     2^C - 1 subsets are tried, and the best without a negative share is exact. For few classes only.
     """
     n_classes = A.shape[1]
-    best, least = None, np.inf
+    best, least = np.full(n_classes, 1 / n_classes), np.inf
     for size in range(1, n_classes + 1):
         for support in map(list, itertools.combinations(range(n_classes), size)):
             B = A[:, support]
@@ -268,7 +270,7 @@ def simplex_least_squares(A: np.ndarray, q: np.ndarray) -> np.ndarray:
                 continue
             p = np.zeros(n_classes)
             p[support] = solution / solution.sum()
-            if (error := np.linalg.norm(A @ p - q)) < least:
+            if (error := float(np.linalg.norm(A @ p - q))) < least:
                 best, least = p, error
     return best
 

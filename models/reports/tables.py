@@ -101,7 +101,7 @@ def write_subgroups(table: list[dict], path: Path) -> None:
     """subgroup_figures as a CSV; an interval <key>_ci95 becomes <key>_low and <key>_high."""
     rows = []
     for row in table:
-        cells = {}
+        cells: dict = {}
         for key, value in row.items():
             name = key.removesuffix("_ci95")
             ends = {f"{name}_low": value[0], f"{name}_high": value[1]} if name != key else {}
@@ -131,7 +131,7 @@ def write_summary(folder: Path) -> None:
 def summary_row(name: str, figures: dict) -> dict:
     """A report's row of summary.csv."""
     recall = {name: row["recall"] for name, row in figures["per_class"].items() if row["n"]}
-    worst = min(recall, key=recall.get)
+    worst = min(recall, key=lambda name: recall[name])
     low, high = figures["accuracy_ci95"]
     unique = figures.get("without_twin")
     return {"name": name, "checkpoint": figures["checkpoint"],

@@ -121,7 +121,8 @@ def tally_predictions(path: Path, classes: Sequence[str], by: str | None = None,
     statuses: Counter = Counter()
     labels: Counter = Counter()
     found_by: Counter = Counter()
-    probs, group_numbers, numbers = array("d"), array("i"), {}
+    probs, group_numbers = array("d"), array("i")
+    numbers: dict[str, int] = {}
     keys = prediction_columns(classes)[FIRST_PROB_COLUMN:FIRST_PROB_COLUMN + len(classes)]
     for row in read_predictions(path):
         statuses[row["status"]] += 1
@@ -132,7 +133,7 @@ def tally_predictions(path: Path, classes: Sequence[str], by: str | None = None,
         probs.extend(float(row[key]) for key in keys)
         if by or groups is not None:
             group = folder_group(row["file"]) if groups is None else groups.get(row["file"])
-            is_grouped = group is not None
-            group_numbers.append(numbers.setdefault(group, len(numbers)) if is_grouped else -1)
+            group_numbers.append(-1 if group is None
+                                 else numbers.setdefault(group, len(numbers)))
     return Tally(statuses, labels, found_by, np.array(probs).reshape(-1, len(classes)),
                  np.array(group_numbers, np.int32), list(numbers))
