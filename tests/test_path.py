@@ -71,7 +71,7 @@ def classifier():
     return load_checkpoint(CKPT).classifier(torch.device("cpu"))
 
 
-def test_build_train_evaluate_infer(faces_data, tmp_path, monkeypatch):
+def test_build_train_evaluate_infer(faces_data, tmp_path):
     unpack(faces_data / "UTKFace.tar", tmp_path / "raw", every=9)  # 2,469 chips
     utk_dataset_builder.main(
         [
@@ -86,16 +86,10 @@ def test_build_train_evaluate_infer(faces_data, tmp_path, monkeypatch):
         ]
     )
     manifest = read_csv(tmp_path / "races" / "manifest.csv")
-    assert len(manifest) >= 2000 and {row["aligned_by"] for row in manifest} == {
-        "mtcnn",
-        "template",
-    }
+    assert len(manifest) >= 2000
+    assert sum(row["aligned_by"] == "mtcnn" for row in manifest) >= 0.99 * len(manifest)
     assert all((tmp_path / "races" / row["file"]).is_file() for row in manifest)
 
-    short = train.Recipe(
-        (16, 30, 96, 110), ((1.0, 64),), "cosine", 1, 0.05, 0.0, 0.0, 0.98, 0.2, False, "best"
-    )
-    monkeypatch.setitem(train.RECIPES, "default", short)
     train.main(
         [
             "--data",
@@ -104,6 +98,7 @@ def test_build_train_evaluate_infer(faces_data, tmp_path, monkeypatch):
             str(tmp_path / "short.pt"),
             "--epochs",
             "6",
+            *["--input_sizes", "64", "--warmup_epochs", "1", "--label_smoothing", "0", "--mixup", "0", "--ema_decay", "0.98", "--no-augment"],
             "--vis_dir",
             str(tmp_path / "vis"),
         ]

@@ -191,3 +191,12 @@ def test_views_are_rendered_in_bounded_batches_that_divide_no_photograph(most_vi
         images = part.faces.image_index.unique().tolist()
         assert len(part.faces.boxes) == counts[images].sum()
         assert len(part.faces.boxes) <= most_views or len(images) == 1
+
+
+def test_a_photograph_reduced_to_the_size_of_crops_is_not_a_crop(tmp_path, detector):
+    put(tmp_path / "photo.png", (224, 224))
+    put(tmp_path / "crop.png", (112, 112))
+    paths = [str(tmp_path / name) for name in ("photo.png", "crop.png")]
+    batches = list(align_photos(paths, detector, WHOLE_VIEW, FacePolicy(), Loading(max_side=112)))
+    assert [row.position for batch in batches for row in batch.rows] == [1]
+    assert [row.status for batch in batches for row in batch.failures] == ["no_face"]

@@ -275,7 +275,8 @@ def find_faces(batch: PhotoBatch, size: int, detector: nn.Module | None, view: V
 def finished_crops(batch: PhotoBatch, view: ViewSpec, policy: FacePolicy) -> Tensor:
     """Which pictures (B,) bool of a batch are taken as finished crops."""
     if policy.align == "auto":
-        return have_crop_size(batch.sizes, view.chips)
+        is_whole = batch.scales == 1            # a reduced photograph may have that size by chance
+        return have_crop_size(batch.sizes, view.chips) & is_whole
     return torch.full((len(batch.positions),), policy.align == "never")
 
 
