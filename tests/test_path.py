@@ -98,7 +98,8 @@ def test_build_train_evaluate_infer(faces_data, tmp_path):
             str(tmp_path / "short.pt"),
             "--epochs",
             "6",
-            *["--input_sizes", "64", "--warmup_epochs", "1", "--label_smoothing", "0", "--mixup", "0", "--ema_decay", "0.98", "--no-augment"],
+            *["--input_sizes", "64", "--warmup_epochs", "1", "--label_smoothing", "0"],
+            *["--mixup", "0", "--ema_decay", "0.98", "--no-augment"],
             "--vis_dir",
             str(tmp_path / "vis"),
         ]
