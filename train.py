@@ -44,6 +44,7 @@ from models.training.crops import (
     render_views,
 )
 from models.training.distillation import TeacherError, mix_in_soft_targets, read_teacher
+from models.training.domain_shift import mixture_views
 from models.training.epochs import predict_logits, train_one_epoch, validate
 from models.training.flags import add_hyperparameters, choose_settings
 from models.training.kernels import accelerate
@@ -269,11 +270,13 @@ def print_epoch(figures: dict, epochs: int, is_chosen: bool) -> None:
           f"{'  *' if is_chosen else ''}", flush=True)
 
 
-def calibrate(path: Path, val: Crops, device: torch.device) -> None:
+def calibrate(path: Path, val: Crops, settings: TrainingSettings, device: torch.device) -> None:
     """Fits the calibration of a saved checkpoint to the validation crops, and saves it again."""
     checkpoint = load_checkpoint(path)
     spec = checkpoint.spec
     views = render_views(val.pixels, spec.window, spec.input_size, device)
+    if settings.calibrate_on == "mixture":
+        views = mixture_views(views, settings.seed)
     logits = predict_logits(checkpoint.classifier(device), views)
     checkpoint.calibration = fit_calibration(logits, val.labels)
     save_checkpoint(path, checkpoint)
@@ -330,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if process.is_main:
-        calibrate(args.out, val, process.device)
+        calibrate(args.out, val, run.settings, process.device)
         draw_losses(run.files.log, plot)
         run.files.resume.unlink()
         print(f"{args.out}: epoch {training.best['epoch']}, validation accuracy "

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from models.training.augmentation import random_views
 from models.training.crops import Crops
+from models.training.domain_shift import shift_views
 from models.training.process import Process
 from models.training.settings import TrainingSettings
 
@@ -32,6 +33,8 @@ def augmented_batches(
         pixels, targets = (values.index_select(0, chunk).to(device, non_blocking=True)
                            for values in (crops.pixels, crops.targets))
         views = random_views(pixels, settings.window, input_size, settings.augment, generator)
+        if settings.shift:
+            views = shift_views(views, settings.shift, generator)
         for batch in zip(views.split(batch_size), targets.split(batch_size), strict=True):
             if len(batch[0]) > 1:           # batch norm has no statistics of a single picture
                 yield batch
