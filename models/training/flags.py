@@ -49,8 +49,9 @@ def input_sizes(text: str) -> tuple[tuple[float, int], ...]:
 def add_hyperparameters(parser: cli.Parser) -> None:
     """--recipe and a flag for each hyperparameter; where it is not given the recipe decides."""
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="default",
-                        help="default values of the flags below; refine fine-tunes the weights of "
-                             "--init, robust does so against domain shift, published is that of EthnicityRecognition-UTKFaces")
+                        help="default values of the flags below; refine and robust (against "
+                             "domain shift) fine-tune the weights of --init, published is that of "
+                             "EthnicityRecognition-UTKFaces")
     group = parser.add_argument_group("hyperparameters", "in brackets: --recipe default")
 
     def add(name: str, kind: Callable[[str], object], text: str, **options: Any) -> None:
