@@ -36,6 +36,7 @@ from models.running.ranks import init_distributed, shutdown_distributed
 from models.training.auxiliary import class_weights
 from models.training.crops import (
     VAL_RESOLUTION,
+    CropLoading,
     Crops,
     crop_resolution,
     fits_on_device,
@@ -106,6 +107,8 @@ def parse_args(argv: list[str] | None = None):
     add("--teacher", nargs="+", default=[], metavar="FILE",
         help="knowledge distillation: checkpoints of the same classes, or tables of all of --data "
              "by facesets/second_opinion.py (.csv)")
+    add("--crop_cache", type=Path, metavar="DIR",
+        help="keep aligned crops in this folder, for further runs")
     add_hyperparameters(parser)
     add("--resume", action="store_true", help="continue after the last saved epoch")
     cli.add_overwrite(parser, "replace the checkpoint of an earlier run")
@@ -167,14 +170,15 @@ def warn_of_leakage(teachers: list[tuple], init: str, train_files: dict[str, str
 
 
 def load_data(run: Run, train_sets: list[FaceSet], val_sets: list[FaceSet], teachers: list[tuple],
-              num_workers: int) -> tuple[Crops, Crops]:
+              num_workers: int, cache: Path | None) -> tuple[Crops, Crops]:
     """Training crops with the targets to learn, and validation crops. Raises TeacherError."""
     settings, process, roots = run.settings, run.process, run.flags["data"]
     resolution = crop_resolution(settings.window, settings.input_size)
-    train = load_crops(train_sets, [f"train {root}" for root in roots], resolution, process,
-                       num_workers, has_aux=settings.aux_weight > 0)
-    val = load_crops(val_sets, [f"validation {root}" for root in roots], VAL_RESOLUTION, process,
-                     num_workers)
+    train = load_crops(train_sets, [f"train {root}" for root in roots],
+                       CropLoading(resolution, num_workers, cache), process,
+                       has_aux=settings.aux_weight > 0)
+    val = load_crops(val_sets, [f"validation {root}" for root in roots],
+                     CropLoading(VAL_RESOLUTION, num_workers, cache), process)
     if teachers:
         mix_in_soft_targets(teachers, train, settings.teacher_share, process)
     return train, val
@@ -298,7 +302,7 @@ def prepare(args, run: Run) -> tuple[Run, TrainingState, Crops, Crops]:
                 for path in args.teacher]
     if process.is_main:
         warn_of_leakage(teachers, args.init, run.train_files)
-    train, val = load_data(run, train_sets, val_sets, teachers, args.num_workers)
+    train, val = load_data(run, train_sets, val_sets, teachers, args.num_workers, args.crop_cache)
     if args.resume:
         restore(training, run)
     elif process.is_main:

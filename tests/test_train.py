@@ -249,7 +249,7 @@ def repeated_set(tmp_path):
 
 def test_what_cannot_be_read_and_what_shows_no_face_is_told(repeated_set, capsys):
     faces = read_faceset(repeated_set)
-    loaded = crops.load_crops([faces], ["train the set"], 40, CPU, num_workers=0)
+    loaded = crops.load_crops([faces], ["train the set"], crops.CropLoading(40, num_workers=0), CPU)
     said = capsys.readouterr().out
     assert said.count("left out: ") == 2 and "left out: Black/broken.png: unreadable" in said
     assert f"train the set: no face detected in {len(faces) - 2} of {len(faces)} pictures" in said
