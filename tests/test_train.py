@@ -574,7 +574,8 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
 def test_every_hyperparameter_is_a_flag_and_a_recipe_is_its_default():
     """Each field of the settings can be set alone; the others keep the recipe's values."""
     values = {"window": "20,30,100,110", "input_sizes": "48:0.4,64", "schedule": "step",
-              "choose": "last", "calibrate_on": "mixture"}
+              "choose": "last", "calibrate_on": "mixture",
+              "teacher_missing": "skip", "freeze": "layer1"}
     for recipe, defaults in RECIPES.items():
         for name, value in asdict(defaults).items():
             flags = [f"--{name}", values.get(name, "1")]

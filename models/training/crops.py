@@ -1,7 +1,7 @@
 """Crops in memory: a set's pictures aligned to the whole template, with labels and targets."""
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,12 +32,18 @@ class Crops:
     pixels: Tensor          # (N, 3, R, R) uint8
     labels: Tensor          # (N,) int64
     targets: Tensor         # (N, T) float32
-    paths: list[str]        # absolute
+    paths: list[str]        # absolute, '' of outliers
+    weights: Tensor | None = None   # (N,) float32: how often each is drawn in sampled epochs
 
     def to(self, device: torch.device) -> "Crops":
         """The same crops on a device."""
-        return Crops(self.pixels.to(device), self.labels.to(device), self.targets.to(device),
-                     self.paths)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device),
+                       targets=self.targets.to(device))
+
+    def subset(self, rows: Tensor) -> "Crops":
+        """The crops of the given rows (k,) int64, without weights."""
+        return Crops(self.pixels[rows], self.labels[rows], self.targets[rows],
+                     [self.paths[row] for row in rows.tolist()])
 
     @staticmethod
     def concatenate(parts: list["Crops"]) -> "Crops":

@@ -72,6 +72,14 @@ def add_hyperparameters(parser: cli.Parser) -> None:
     add("aux_weight", non_negative_float, "loss weight of the auxiliary heads for age and gender, "
         "where manifest.csv has them; 0: no such heads")
     add("teacher_share", cli.fraction, "share of the soft targets of --teacher in each target")
+    add("teacher_missing", str, "pictures that a table of --teacher lacks: end the program, learn "
+        "the label alone, or leave them out", choices=("error", "label", "skip"))
+    add("epoch_size", cli.non_negative_int, "pictures sampled per epoch; 0: every picture once")
+    add("balance", cli.fraction, "of the sampled classes and, with auxiliary heads, genders: 0 as "
+        "they are, 1 equal; with --epoch_size")
+    add("outlier_share", cli.fraction, "share of --outliers among the sampled pictures")
+    add("freeze", str, "layers of the backbone up to this one keep the weights of --init",
+        choices=("", "bn1", "layer1", "layer2", "layer3"))
     add("shift", non_negative_float, "strength of the augmentation against domain shift: light, "
         "occlusion, greyscale, JPEG, loss of chroma; 0: off")
     add("calibrate_on", str, "validation pictures of the calibration: as they are, or half of them "

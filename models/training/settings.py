@@ -28,6 +28,11 @@ class TrainingSettings:
     choose: str = "best"            # the 'best' epoch on validation, or the 'last' one
     patience: int = 20              # early stopping: epochs without a lower validation loss
     teacher_share: float = 0.7      # share of the teachers' soft targets in each target
+    teacher_missing: str = "error"  # pictures a table lacks: 'error', learn the 'label', or 'skip'
+    epoch_size: int = 0             # pictures sampled per epoch; 0: every picture once
+    balance: float = 0.0            # of sampled classes and genders: 0 as they are, 1 equal
+    outlier_share: float = 0.08     # of sampled pictures, of --outliers
+    freeze: str = ""                # last frozen layer of the backbone; '': none
     val_share: float = 0.06         # hold-out share of a set that has no val folder
     seed: int = 2023
 
