@@ -249,10 +249,11 @@ def run_epoch(run: Run, training: TrainingState, network: nn.Module, crops: Crop
     val_loss, confusion = validate(validated_model(training, run.settings), val_views, val_labels,
                                    run.process)
     training.epoch += 1
+    n_samples = run.settings.epoch_size or len(crops.labels)
     return {"epoch": training.epoch, "train_loss": train_loss, "val_loss": val_loss,
             "val_accuracy": confusion.trace().item() / confusion.sum().item(),
             "lr": training.optimizer.param_groups[0]["lr"], "input_size": input_size,
-            "seconds": seconds, "images_per_second": (run.settings.epoch_size or len(crops.labels)) / seconds}
+            "seconds": seconds, "images_per_second": n_samples / seconds}
 
 
 def validated_model(training: TrainingState, settings: TrainingSettings) -> FaceClassifier:

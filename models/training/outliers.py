@@ -36,6 +36,9 @@ def load_outliers(folder: Path, n_classes: int, n_targets: int, loading: CropLoa
 def add_outliers(crops: Crops, outliers: Crops, share: float) -> Crops:
     """Crops and outliers together; outliers make up `share` of the sampled pictures."""
     together = Crops.concatenate([crops, outliers])
-    weights = group_weights(outliers.labels, 0.0)
-    together.weights = torch.cat([crops.weights * (1 - share), weights * share])
+    weights = crops.weights
+    if weights is None:
+        weights = group_weights(crops.labels, 0.0)
+    outlier_weights = group_weights(outliers.labels, 0.0)
+    together.weights = torch.cat([weights * (1 - share), outlier_weights * share])
     return together

@@ -41,7 +41,7 @@ def epoch_rows(n: int, epoch: int, seed: int, process: Process, weights: Tensor 
     All ranks have the same number of rows; up to world_size - 1 pictures are left out.
     """
     generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-    if size:
+    if size and weights is not None:
         n_possible = int((weights > 0).sum())
         order = torch.multinomial(weights, size, size > n_possible, generator=generator)
         n = size
