@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.data.decoding import decode_photo
 from models.data.faceset import FaceSet, FaceSetError, read_faceset
@@ -32,9 +32,9 @@ from models.faces.align import align_faces
 from models.faces.calibration import Calibration, class_thresholds, set_thresholds
 from models.faces.checkpoint import CheckpointError, load_checkpoint
 from models.faces.classifier import FaceSpec
-from models.faces.mtcnn import MTCNN
 from models.faces.pipeline import FacePolicy, FaceRow, Loading, ViewSpec, align_photos
 from models.faces.predictor import Predictor, network_batch_size
+from models.faces.second_look import load_detector
 from models.reports.metrics import calibration_error, reliability_bins, wilson_interval
 from models.running import cli
 from models.running.files import atomic_write
@@ -71,7 +71,7 @@ CORRUPTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def find_faces(paths: list[str], detector: MTCNN, view: ViewSpec,
+def find_faces(paths: list[str], detector: nn.Module, view: ViewSpec,
                num_workers: int) -> list[FaceRow]:
     """The largest face of each photograph that has one."""
     batches = align_photos(paths, detector, view, FacePolicy("largest", "skip", "always"),
@@ -148,7 +148,7 @@ def read_set(root: str, class_map: dict[str, str], classes: tuple[str, ...]) -> 
 def measure_set(root: str, faces: FaceSet, predictors: dict[str, Predictor],
                 args: argparse.Namespace) -> Iterator[dict]:
     """Rows of the table for one set; prints the accuracy of each."""
-    detector, paths = MTCNN(min_face_size=args.min_face_size).to(args.device), faces.paths()
+    detector, paths = load_detector(args.device, args.min_face_size), faces.paths()
     for name, predictor in predictors.items():
         spec = predictor.spec
         rows = find_faces(paths, detector, ViewSpec.of_checkpoint(spec), args.num_workers)
