@@ -36,6 +36,7 @@ from models.running.ranks import init_distributed, shutdown_distributed
 from models.training.auxiliary import class_weights
 from models.training.crops import (
     VAL_RESOLUTION,
+    CropLoading,
     Crops,
     crop_resolution,
     fits_on_device,
@@ -44,17 +45,20 @@ from models.training.crops import (
     render_views,
 )
 from models.training.distillation import TeacherError, mix_in_soft_targets, read_teacher
+from models.training.domain_shift import mixture_views
 from models.training.epochs import predict_logits, train_one_epoch, validate
 from models.training.flags import add_hyperparameters, choose_settings
 from models.training.kernels import accelerate
+from models.training.outliers import add_outliers, load_outliers
 from models.training.plots import draw_losses
 from models.training.process import Process
+from models.training.sampling import class_and_gender, group_weights
 from models.training.settings import TrainingSettings
 from models.training.state import TrainingState, start_training
 
 RESUME_INTERVAL = 20    # least seconds between resume files: one takes as long as a GPU's epoch
 # beside the settings: equal in a resumed run
-RESUME_FLAGS = ("data", "class_map", "init", "teacher")
+RESUME_FLAGS = ("data", "class_map", "init", "teacher", "outliers")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,11 @@ def parse_args(argv: list[str] | None = None):
     add("--teacher", nargs="+", default=[], metavar="FILE",
         help="knowledge distillation: checkpoints of the same classes, or tables of all of --data "
              "by facesets/second_opinion.py (.csv)")
+    add("--outliers", type=Path, metavar="DIR",
+        help="outlier exposure: faces of no class, whose target is the same probability for each; "
+             "needs --epoch_size")
+    add("--crop_cache", type=Path, metavar="DIR",
+        help="keep aligned crops in this folder, for further runs")
     add_hyperparameters(parser)
     add("--resume", action="store_true", help="continue after the last saved epoch")
     cli.add_overwrite(parser, "replace the checkpoint of an earlier run")
@@ -141,8 +150,8 @@ def find_difference(state: dict, run: Run) -> str | None:
     """The first flag in which a resume file differs from this run, or the number of processes."""
     begun, now = state["args"] | state["recipe"], run.flags | asdict(run.settings)
     for name in (*RESUME_FLAGS, *asdict(run.settings)):
-        if name != "patience" and begun.get(name) != now[name]:
-            return f"--{name} ({begun.get(name)}, now {now[name]})"
+        if name != "patience" and begun.get(name) != now.get(name):
+            return f"--{name} ({begun.get(name)}, now {now.get(name)})"
     begun_size, world_size = state["world_size"], run.process.world_size
     if begun_size != world_size:
         return f"number of processes ({begun_size}, now {world_size})"
@@ -169,14 +178,30 @@ def load_data(run: Run, train_sets: list[FaceSet], val_sets: list[FaceSet], teac
               num_workers: int) -> tuple[Crops, Crops]:
     """Training crops with the targets to learn, and validation crops. Raises TeacherError."""
     settings, process, roots = run.settings, run.process, run.flags["data"]
-    resolution = crop_resolution(settings.window, settings.input_size)
-    train = load_crops(train_sets, [f"train {root}" for root in roots], resolution, process,
-                       num_workers, has_aux=settings.aux_weight > 0)
-    val = load_crops(val_sets, [f"validation {root}" for root in roots], VAL_RESOLUTION, process,
-                     num_workers)
+    cache = run.flags.get("crop_cache")
+    loading = CropLoading(crop_resolution(settings.window, settings.input_size), num_workers,
+                          cache and Path(cache))
+    train = load_crops(train_sets, [f"train {root}" for root in roots], loading, process,
+                       has_aux=settings.aux_weight > 0)
+    val = load_crops(val_sets, [f"validation {root}" for root in roots],
+                     replace(loading, resolution=VAL_RESOLUTION), process)
     if teachers:
-        mix_in_soft_targets(teachers, train, settings.teacher_share, process)
+        train = mix_in_soft_targets(teachers, train, settings.teacher_share, process,
+                                    settings.teacher_missing)
+    if settings.epoch_size:
+        n_classes = len(train_sets[0].classes)
+        train = arrange_sampling(run, train, loading, n_classes)
     return train, val
+
+
+def arrange_sampling(run: Run, train: Crops, loading: CropLoading, n_classes: int) -> Crops:
+    """Training crops with sampling weights, and with the pictures of --outliers."""
+    train.weights = group_weights(class_and_gender(train, n_classes), run.settings.balance)
+    if "outliers" not in run.flags:
+        return train
+    outliers = load_outliers(Path(run.flags["outliers"]), n_classes, train.targets.shape[1],
+                             loading, run.process)
+    return add_outliers(train, outliers, run.settings.outlier_share)
 
 
 def restore(training: TrainingState, run: Run) -> None:
@@ -206,8 +231,10 @@ def run_epochs(run: Run, training: TrainingState, train: Crops, val: Crops) -> N
                 crops.pixels, crop_resolution(settings.window, input_size)))
             val_views = render_views(val.pixels, settings.window, input_size, process.device)
             network = None                          # frees its memory before the next one is made
-            network = ddp or accelerate(training.model, input_size, training.amp_dtype,
-                                        settings.batch_size)
+            network = ddp or training.model     # CUDA graphs would train frozen batch norms
+            if not ddp and not settings.freeze:
+                network = accelerate(training.model, input_size, training.amp_dtype,
+                                     settings.batch_size)
         figures = run_epoch(run, training, network, crops, val_views, val.labels)
         finish_epoch(training, run, figures)
 
@@ -222,10 +249,11 @@ def run_epoch(run: Run, training: TrainingState, network: nn.Module, crops: Crop
     val_loss, confusion = validate(validated_model(training, run.settings), val_views, val_labels,
                                    run.process)
     training.epoch += 1
+    n_samples = run.settings.epoch_size or len(crops.labels)
     return {"epoch": training.epoch, "train_loss": train_loss, "val_loss": val_loss,
             "val_accuracy": confusion.trace().item() / confusion.sum().item(),
             "lr": training.optimizer.param_groups[0]["lr"], "input_size": input_size,
-            "seconds": seconds, "images_per_second": len(crops.labels) / seconds}
+            "seconds": seconds, "images_per_second": n_samples / seconds}
 
 
 def validated_model(training: TrainingState, settings: TrainingSettings) -> FaceClassifier:
@@ -269,11 +297,13 @@ def print_epoch(figures: dict, epochs: int, is_chosen: bool) -> None:
           f"{'  *' if is_chosen else ''}", flush=True)
 
 
-def calibrate(path: Path, val: Crops, device: torch.device) -> None:
+def calibrate(path: Path, val: Crops, settings: TrainingSettings, device: torch.device) -> None:
     """Fits the calibration of a saved checkpoint to the validation crops, and saves it again."""
     checkpoint = load_checkpoint(path)
     spec = checkpoint.spec
     views = render_views(val.pixels, spec.window, spec.input_size, device)
+    if settings.calibrate_on == "mixture":
+        views = mixture_views(views, settings.seed)
     logits = predict_logits(checkpoint.classifier(device), views)
     checkpoint.calibration = fit_calibration(logits, val.labels)
     save_checkpoint(path, checkpoint)
@@ -291,7 +321,8 @@ def prepare(args, run: Run) -> tuple[Run, TrainingState, Crops, Crops]:
                                     in zip(args.data, train_sets, strict=True)})
     spec = FaceSpec(train_sets[0].classes, TEMPLATE, settings.window, settings.input_size)
     training = start_training(spec, settings, args.init, process.device)
-    teachers = [(path, read_teacher(path, spec.classes, train_sets, val_sets))
+    may_lack = settings.teacher_missing != "error"
+    teachers = [(path, read_teacher(path, spec.classes, train_sets, val_sets, may_lack))
                 for path in args.teacher]
     if process.is_main:
         warn_of_leakage(teachers, args.init, run.train_files)
@@ -315,6 +346,8 @@ def main(argv: list[str] | None = None) -> None:
     plot = (args.output_dir or args.out.parent) / f"{args.out.stem}_validation_loss.png"
     run = Run(choose_settings(args.recipe, vars(args)), process, RunFiles(args.out, plot),
               plain_flags(args))
+    if args.outliers and not run.settings.epoch_size:
+        parser.error("--outliers: needs --epoch_size")
     if process.is_main:
         check_outputs(parser, args, run)
     try:
@@ -330,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if process.is_main:
-        calibrate(args.out, val, process.device)
+        calibrate(args.out, val, run.settings, process.device)
         draw_losses(run.files.log, plot)
         run.files.resume.unlink()
         print(f"{args.out}: epoch {training.best['epoch']}, validation accuracy "

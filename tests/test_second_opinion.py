@@ -30,7 +30,7 @@ class DrawnEmbedder:
 
 @pytest.fixture
 def drawn_embedder(monkeypatch):
-    monkeypatch.setattr(second_opinion, "load_embedder", lambda parser: DrawnEmbedder())
+    monkeypatch.setattr(second_opinion, "load_dlib", lambda parser: DrawnEmbedder())
 
 
 @pytest.fixture

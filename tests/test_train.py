@@ -249,7 +249,7 @@ def repeated_set(tmp_path):
 
 def test_what_cannot_be_read_and_what_shows_no_face_is_told(repeated_set, capsys):
     faces = read_faceset(repeated_set)
-    loaded = crops.load_crops([faces], ["train the set"], 40, CPU, num_workers=0)
+    loaded = crops.load_crops([faces], ["train the set"], crops.CropLoading(40, num_workers=0), CPU)
     said = capsys.readouterr().out
     assert said.count("left out: ") == 2 and "left out: Black/broken.png: unreadable" in said
     assert f"train the set: no face detected in {len(faces) - 2} of {len(faces)} pictures" in said
@@ -574,7 +574,8 @@ def test_classes_that_the_first_set_lacks_are_an_error(drawn_set, tmp_path, caps
 def test_every_hyperparameter_is_a_flag_and_a_recipe_is_its_default():
     """Each field of the settings can be set alone; the others keep the recipe's values."""
     values = {"window": "20,30,100,110", "input_sizes": "48:0.4,64", "schedule": "step",
-              "choose": "last"}
+              "choose": "last", "calibrate_on": "mixture",
+              "teacher_missing": "skip", "freeze": "layer1"}
     for recipe, defaults in RECIPES.items():
         for name, value in asdict(defaults).items():
             flags = [f"--{name}", values.get(name, "1")]

@@ -14,7 +14,7 @@ from models.faces.align import TEMPLATE
 from models.faces.classifier import FaceSpec
 from models.running import cli
 from models.running.ranks import init_distributed
-from models.training.crops import Crops, crop_resolution, load_crops
+from models.training.crops import CropLoading, Crops, crop_resolution, load_crops
 from models.training.epochs import take_step, train_one_epoch
 from models.training.kernels import accelerate
 from models.training.process import Process
@@ -37,8 +37,8 @@ def bench_epoch(bench: Bench) -> Result:
     faces = FaceSet(Path(), paths, labels, CLASSES, is_aligned=True)
     size = settings.input_size
     with redirect_stderr(io.StringIO()):
-        data = load_crops([faces], ["train"], crop_resolution(settings.window, size), process,
-                          cli.worker_count(), has_aux=True).to(bench.device)
+        loading = CropLoading(crop_resolution(settings.window, size), cli.worker_count())
+        data = load_crops([faces], ["train"], loading, process, has_aux=True).to(bench.device)
     spec = FaceSpec(CLASSES, TEMPLATE, settings.window, size)
     training, reference = (start_training(spec, settings, "random", bench.device) for _ in range(2))
     reference.amp_dtype = training.amp_dtype

@@ -1,6 +1,4 @@
 """Auxiliary heads: age band and gender, learnt beside the classes and dropped after training."""
-import bisect
-
 import torch
 from torch import Tensor, nn
 
@@ -12,16 +10,28 @@ AUX_OUTPUTS = (len(AGE_BANDS), len(GENDERS))        # of the two heads
 
 
 def aux_targets(faces: FaceSet) -> Tensor:
-    """One-hot age bands and genders (N, 9 + 2); zeros where manifest.csv has no value."""
+    """Age bands and genders (N, 9 + 2), mostly one-hot; zeros where manifest.csv has no value."""
     targets = torch.zeros(len(faces), sum(AUX_OUTPUTS))
     manifest = read_manifest(faces.root, faces.files)
     for row, file in enumerate(faces.files if manifest else ()):
         age, gender = manifest[file]["age"] or "", manifest[file]["gender"]
-        if age.isdecimal():
-            targets[row, bisect.bisect_right(AGE_BANDS, int(age)) - 1] = 1
+        targets[row, :len(AGE_BANDS)] = age_target(age)
         if gender in GENDERS:
             targets[row, len(AGE_BANDS) + int(gender)] = 1
     return targets
+
+
+def age_target(age: str) -> Tensor:
+    """Shares (9,) of the age bands: one-hot for '31', by the years of each for '30-39'; or zeros.
+
+    FairFace has ranges of years, and 'more than 70'.
+    """
+    first, _, last = age.removeprefix("more than ").partition("-")
+    if not first.isdecimal() or last and not last.isdecimal():
+        return torch.zeros(len(AGE_BANDS))
+    years = torch.arange(int(first), int(last or first) + 1)
+    bands = torch.bucketize(years, torch.tensor(AGE_BANDS), right=True) - 1
+    return torch.bincount(bands, minlength=len(AGE_BANDS)) / len(years)
 
 
 def add_aux_heads(model: FaceClassifier) -> None:

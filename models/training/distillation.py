@@ -23,14 +23,15 @@ class TeacherError(Exception):
 
 
 def read_teacher(path: str, classes: tuple[str, ...], train_sets: list[FaceSet],
-                 val_sets: list[FaceSet]) -> Checkpoint | SoftTargets:
+                 val_sets: list[FaceSet], may_lack: bool = False) -> Checkpoint | SoftTargets:
     """A teacher: a checkpoint of the same classes, or a table (.csv) that covers the training sets.
 
-    Raises TeacherError, also for a table with pictures of the validation sets.
+    may_lack: a table may lack training pictures. Raises TeacherError, also for a table with
+    pictures of the validation sets.
     """
     if path.endswith(".csv"):
         table = read_soft_targets(path, classes)
-        check_coverage(path, table, train_sets, val_sets)
+        check_coverage(path, table, [] if may_lack else train_sets, val_sets)
         return table
     try:
         teacher = load_checkpoint(path)
@@ -82,24 +83,32 @@ def read_soft_targets(path: str, classes: tuple[str, ...]) -> SoftTargets:
 
 
 def mix_in_soft_targets(teachers: list[tuple[str, Checkpoint | SoftTargets]], crops: Crops,
-                        teacher_share: float, process: Process) -> None:
-    """Replaces `teacher_share` of the class targets by the teachers' soft targets.
+                        teacher_share: float, process: Process, missing: str = "error") -> Crops:
+    """The crops with `teacher_share` of the class targets replaced by the teachers' soft targets.
 
     teachers: files and their contents. Several are combined by the geometric mean of their
-    probabilities. Raises TeacherError where a table has no probabilities for a picture.
+    probabilities. missing: of pictures without probabilities in a table, the 'label' stays the
+    target, or they are left out ('skip'), or TeacherError is raised ('error').
     """
+    is_taught = torch.ones(len(crops.paths), dtype=torch.bool)
     logs = []
     for path, teacher in teachers:
         if isinstance(teacher, Checkpoint):
             probs = teacher_probabilities(teacher, crops.pixels, process)
         else:
-            unread = next((file for file in crops.paths if not teacher[file]), None)
-            if unread:
+            unread = next((file for file in crops.paths if not teacher.get(file)), None)
+            if unread and missing == "error":
                 raise TeacherError(f"{path}: it has no probabilities for {unread}")
-            probs = torch.tensor([teacher[file] for file in crops.paths])
+            is_taught &= torch.tensor([bool(teacher.get(file)) for file in crops.paths])
+            placeholder = next((values for values in teacher.values() if values), None)
+            if placeholder is None:
+                raise TeacherError(f"{path}: it has no probabilities")
+            probs = torch.tensor([teacher.get(file) or placeholder for file in crops.paths])
         logs.append(probs.clamp(min=1e-6).log())
     soft_targets = torch.stack(logs).mean(0).softmax(1)
-    crops.targets[:, :soft_targets.shape[1]].lerp_(soft_targets, teacher_share)
+    share = teacher_share * is_taught[:, None].float()
+    crops.targets[:, :soft_targets.shape[1]].lerp_(soft_targets, share)
+    return crops.subset(is_taught.nonzero()[:, 0]) if missing == "skip" else crops
 
 
 def teacher_probabilities(teacher: Checkpoint, crops: Tensor, process: Process) -> Tensor:

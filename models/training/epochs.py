@@ -17,7 +17,7 @@ from models.training.crops import Crops
 from models.training.process import Process
 from models.training.sampling import augmented_batches, epoch_rows
 from models.training.settings import TrainingSettings
-from models.training.state import TrainingState, update_ema
+from models.training.state import TrainingState, freeze_layers, update_ema
 
 
 def learning_rate(step: int, steps_per_epoch: int, settings: TrainingSettings) -> float:
@@ -71,8 +71,9 @@ def train_one_epoch(training: TrainingState, network: nn.Module, crops: Crops, i
     network: as for take_step. Raises FloatingPointError where the loss is not finite.
     """
     network.train()
+    freeze_layers(training.model, settings.freeze)
     epoch, seed = training.epoch, settings.seed
-    rows = epoch_rows(len(crops.labels), epoch, seed, process)
+    rows = epoch_rows(len(crops.labels), epoch, seed, process, crops.weights, settings.epoch_size)
     steps = math.ceil(len(rows) / settings.batch_size)
     generator = torch.Generator().manual_seed((seed * 1000 + epoch) * 1000 + process.rank)
     mixup_generator = random.Random(f"{seed} {epoch} {process.rank}")

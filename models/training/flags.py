@@ -49,8 +49,9 @@ def input_sizes(text: str) -> tuple[tuple[float, int], ...]:
 def add_hyperparameters(parser: cli.Parser) -> None:
     """--recipe and a flag for each hyperparameter; where it is not given the recipe decides."""
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="default",
-                        help="default values of the flags below; refine fine-tunes the weights of "
-                             "--init, published is that of EthnicityRecognition-UTKFaces")
+                        help="default values of the flags below; refine and robust (against "
+                             "domain shift) fine-tune the weights of --init, published is that of "
+                             "EthnicityRecognition-UTKFaces")
     group = parser.add_argument_group("hyperparameters", "in brackets: --recipe default")
 
     def add(name: str, kind: Callable[[str], object], text: str, **options: Any) -> None:
@@ -71,6 +72,18 @@ def add_hyperparameters(parser: cli.Parser) -> None:
     add("aux_weight", non_negative_float, "loss weight of the auxiliary heads for age and gender, "
         "where manifest.csv has them; 0: no such heads")
     add("teacher_share", cli.fraction, "share of the soft targets of --teacher in each target")
+    add("teacher_missing", str, "pictures that a table of --teacher lacks: end the program, learn "
+        "the label alone, or leave them out", choices=("error", "label", "skip"))
+    add("epoch_size", cli.non_negative_int, "pictures sampled per epoch; 0: every picture once")
+    add("balance", cli.fraction, "of the sampled classes and, with auxiliary heads, genders: 0 as "
+        "they are, 1 equal; with --epoch_size")
+    add("outlier_share", cli.fraction, "share of --outliers among the sampled pictures")
+    add("freeze", str, "layers of the backbone up to this one keep the weights of --init",
+        choices=("", "bn1", "layer1", "layer2", "layer3"))
+    add("shift", non_negative_float, "strength of the augmentation against domain shift: light, "
+        "occlusion, greyscale, JPEG, loss of chroma; 0: off")
+    add("calibrate_on", str, "validation pictures of the calibration: as they are, or half of them "
+        "in greyscale, compressed, reduced or lit otherwise", choices=("clean", "mixture"))
     add("choose", str, "epoch to save: the best on validation, or the last",
         choices=("best", "last"))
     add("patience", cli.positive_int, "early stopping after so many epochs at the last input size "

@@ -57,11 +57,22 @@ def start_training(spec: FaceSpec, settings: TrainingSettings, init: str,
     initialise(model, init)
     if settings.aux_weight:
         add_aux_heads(model)
+    freeze_layers(model, settings.freeze)
     replace_small_map_convolutions(model)
     model = model.to(device).to(memory_format=torch.channels_last)
     amp_dtype = choose_amp_dtype(model, settings.input_sizes[0][1], device)
     return TrainingState(model, copy.deepcopy(model).eval(), make_optimizer(model, settings),
                          broadcast_from_rank0(amp_dtype))
+
+
+def freeze_layers(model: FaceClassifier, last: str) -> None:
+    """Freezes the backbone up to and including layer `last`: weights and batch-norm statistics.
+
+    '' freezes nothing. The backward pass ends at the last frozen layer, which saves time.
+    """
+    names = [name for name, _ in model.backbone.named_children()]
+    for name in names[:names.index(last) + 1] if last else ():
+        getattr(model.backbone, name).eval().requires_grad_(False)
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
