@@ -1,13 +1,13 @@
 """FairFace's class folders -> train and val folders without pictures of evaluation sets.
 
-    python facesets/fairface_set.py --src FairFace_train --labels FairFace_train.csv \
-        --avoid FairFace_val foreign --dst data/fairface
+    python facesets/fairface_set.py --input_dir FairFace_train --labels FairFace_train.csv \
+        --avoid FairFace_val foreign --output_dir data/fairface
 
 A training picture is left out if it is a near-duplicate of a picture of --avoid. Near-duplicates
 among the training pictures share a split; a group of them with two labels is for training.
-Writes  --dst/<train or val>/<class>/: links to the pictures
-        --dst/manifest.csv: with the age range and gender of --labels (CSV: file, age, gender), for
-        the auxiliary heads of train.py
+Writes  --output_dir/<train or val>/<class>/: links to the pictures
+        --output_dir/manifest.csv: with the age range and gender of --labels (CSV: file, age,
+        gender), for the auxiliary heads of train.py
 """
 import csv
 import itertools
@@ -121,10 +121,12 @@ def parse_args(argv: list[str] | None = None):
     """The flags; mistakes that can be found before anything slow starts end the program."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--src", type=Path, required=True, metavar="DIR", help="folder of class folders")
+    add("--input_dir", "--src", dest="src", type=Path, required=True, metavar="DIR",
+        help="folder of class folders")
     add("--labels", type=Path, metavar="FILE.csv", help="file, age, gender of the pictures")
     add("--avoid", nargs="+", default=[], metavar="DIR", help="evaluation sets")
-    add("--dst", type=Path, required=True, metavar="DIR", help="the new folder")
+    add("--output_dir", "--dst", dest="dst", type=Path, required=True, metavar="DIR",
+        help="the new folder")
     add("--val_share", type=cli.fraction, default=0.06, metavar="SHARE",
         help="hold-out share of each class's groups (%(default)s)")
     add("--val_above", type=cli.non_negative_int, default=0, metavar="NUMBER",
@@ -134,11 +136,12 @@ def parse_args(argv: list[str] | None = None):
     cli.add_seed(parser, 2023)
     cli.add_num_workers(parser, default=cli.worker_count())
     args = parser.parse_args(argv)
-    for flag, folder in (("--src", args.src), *(("--avoid", Path(root)) for root in args.avoid)):
+    folders = [("--input_dir", args.src), *(("--avoid", Path(root)) for root in args.avoid)]
+    for flag, folder in folders:
         if not folder.is_dir():
             parser.error(f"{flag} {folder}: no such folder")
     if args.dst.exists():
-        parser.error(f"--dst {args.dst}: exists already")
+        parser.error(f"--output_dir {args.dst}: exists already")
     return args
 
 
