@@ -74,7 +74,7 @@ def row_ending(name: str, probs: list[float], box: list[float]) -> bytes:
     """The cells after the file name for a face of the predicted class `name`."""
     prob_cells = ",".join(f"{p:.6f}" for p in probs)
     box_cells = ",".join(f"{x:.2f}" for x in box)
-    ending = f",0,ok,{name},{max(probs):.6f},{prob_cells},{name},{box_cells},0.999871,\n"
+    ending = f",0,ok,{name},{max(probs):.6f},{prob_cells},{name},{box_cells},0.999871,upright,\n"
     return ending.encode()
 
 

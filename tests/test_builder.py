@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_blots, jpeg
 from PIL import Image
 
@@ -20,7 +21,7 @@ from models.data.faceset import SPLITS, read_faceset
 from models.data.group_splits import split_groups, split_sizes
 from models.data.utk import OTHERS, Chip, ChipCollection, parse_utk_name, read_split_list
 from models.faces.align import TEMPLATE
-from models.faces.mtcnn import MTCNN
+from models.faces.second_look import load_detector
 from models.faces.selection import most_central_faces
 
 
@@ -428,7 +429,7 @@ def warp_differences(src: Path, built: Path, rows: list[dict]) -> list[float]:
     differences = []
     for row in rows:
         images, sizes = collate_photos([decode_photo(src / row["file"].split("/")[-1])[0]])
-        faces = MTCNN(min_face_size=40).detect(images, sizes)
+        faces = load_detector(torch.device("cpu"), 40).detect(images, sizes)
         landmarks = faces.landmarks[most_central_faces(faces, sizes)[0]].numpy()
         to_crop = transform.SimilarityTransform.from_estimate(
             landmarks, (np.array(TEMPLATE) + 0.5) * 2 - 0.5
