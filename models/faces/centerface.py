@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
-from models.faces.mtcnn import Faces
+from models.faces.boxes import nms_in_groups
+from models.faces.mtcnn import Faces, logit
 
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "centerface.pt"
 STRIDE = 4                      # pixels of a cell of the output
@@ -109,7 +109,7 @@ class CenterFace(nn.Module):
 
     def decode(self, cells: Tensor) -> Faces:
         """Faces of the cells (b, HEAD, h, w) above the threshold, after NMS."""
-        is_face = cells[:, 0] > torch.logit(torch.tensor(self.threshold))
+        is_face = cells[:, 0] > logit(self.threshold)
         image, row, column = is_face.nonzero(as_tuple=True)
         values = cells[image, :, row, column]                                           # (n, HEAD)
         extent = values[:, 1:3].exp() * STRIDE                                  # height, width
@@ -117,6 +117,7 @@ class CenterFace(nn.Module):
         corner = centre - extent / 2
         points = corner[:, None] + extent[:, None] * values[:, 5:].unflatten(1, (5, 2))     # y, x
         boxes = torch.cat([corner.flip(1), (corner + extent).flip(1)], 1)
-        rows = batched_nms(boxes, values[:, 0], image, self.nms_threshold)      # by score
+        rows = nms_in_groups(boxes, values[:, 0], image, self.nms_threshold)
+        rows = rows[values[rows, 0].argsort(descending=True, stable=True)]
         rows = rows[image[rows].argsort(stable=True)]
         return Faces(boxes[rows], values[rows, 0].sigmoid(), points[rows].flip(2), image[rows])

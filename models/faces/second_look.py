@@ -1,8 +1,8 @@
 """The second look: faces that MTCNN misses, or that lie on their side or upside down.
 
 CenterFace finds the boxes, MTCNN's O-Net places their landmarks and decides which way up a face is.
-A picture with a certain upright face, which is nearly every picture, costs nothing more; a picture
-whose surest face is less certain costs one to three crops through O-Net.
+A picture with a certain upright face costs nothing more; a picture whose best face leaves a doubt
+costs one to three crops of its best faces through O-Net.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from models.faces.boxes import crop_boxes
 from models.faces.centerface import DIVISOR, CenterFace
@@ -24,17 +25,22 @@ FOUND_BY = ("upright", "centerface", "turned_90", "turned_180", "turned_270")
 CENTERFACE = 1
 FIRST_TURN = 2                  # position of turned_90
 
-# A face with these scores of O-Net is upright. On the photographs of wild.tar turned by 180
-# degrees, MTCNN finds 8 % of the faces with scores over 0.99 and 2 % over 0.998; turned by 90 and
-# 270 degrees, 1 % over 0.99.
-UPRIGHT_LOGIT, NOT_SIDEWAYS_LOGIT = logit(0.998), logit(0.99)
+# A picture whose best face has such a logit of O-Net is upright. Among 166 photographs turned by
+# 180 degrees, MTCNN's best face has a score over 0.9997 in none; turned by 90 or 270 degrees, over
+# 0.998 in 3 %, and then with usable landmarks.
+UPRIGHT_LOGIT, NOT_SIDEWAYS_LOGIT = logit(0.9997), logit(0.99)
+# MTCNN has found nothing certain if no face has this score and all are narrower than this share of
+# the picture's shorter edge: in turned photographs, all such faces were false.
+WEAK_SCORE, NARROW_SHARE = 0.99, 0.3
 # A box is a face if CenterFace alone is this sure, or if O-Net is; a turned face needs both.
 FACE_SCORE, ONET_LOGIT = 0.5, logit(0.8)
-ONET_WEIGHT = 0.3               # of O-Net's logit beside CenterFace's, as evidence for a direction
+ONET_WEIGHT = 0.5               # of O-Net's logit beside CenterFace's, as evidence for a direction
+SAME_FACE_IOU = 0.3             # of two boxes of one face
 UPRIGHT_MARGIN = 1.0            # by which the evidence for a turn must exceed that for none
-# Pixels of the pictures that CenterFace sees. The direction is decided more surely in small
-# pictures: of wild.tar's 166 pictures with sure faces 99 % at 224 px, 96 % at 320 px.
-MIN_PIXELS, MAX_PIXELS = 28_000, 144_000
+# Pixels of the pictures that CenterFace sees: to find faces, and to decide their direction. In
+# larger pictures it finds turned faces too: the direction of 166 photographs is right in 99 % at
+# 28,000 pixels, in 96 % at 60,000.
+MIN_PIXELS, MAX_PIXELS, TURN_PIXELS = 17_000, 144_000, 28_000
 MAX_SCALE = 0.5                 # between these sizes: a face of 20 px is found at 10
 N_BEST = 3                      # boxes of a picture that decide its direction
 CALL_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 25}     # pixels in one call of CenterFace
@@ -87,14 +93,15 @@ class SecondLook(nn.Module):
         """
         images, sizes = images.to(self.device), sizes.cpu()
         first = mark(search(images, sizes), 0)
-        is_empty = count_faces(first, len(images)) == 0
-        missed, is_upright = self.find_missed(images, sizes, is_empty.nonzero()[:, 0])
-        is_doubtful = torch.where(is_empty, ~is_upright, self.may_be_turned(images, first))
+        is_certain = has_certain_face(first, sizes)
+        missed, is_upright = self.find_missed(images, sizes, (~is_certain).nonzero()[:, 0])
+        is_doubtful = torch.where(is_certain, self.may_be_turned(images, first), ~is_upright)
         doubtful = is_doubtful.nonzero()[:, 0]
         turns = torch.zeros(len(images), dtype=torch.int64)
         turns[doubtful] = self.choose_turns(images, sizes, doubtful)
         is_kept = (turns == 0).to(images.device)
-        parts = [faces.select(is_kept[faces.image_index]) for faces in (first, missed)]
+        parts = [faces.select(is_kept[faces.image_index])
+                 for faces in (first, without_same(missed, first))]
         for turn in turns.unique().tolist():
             if turn:
                 rows = (turns == turn).nonzero()[:, 0]
@@ -115,27 +122,33 @@ class SecondLook(nn.Module):
         return mark(faces.select(is_face), CENTERFACE), is_upright
 
     def may_be_turned(self, images: Tensor, faces: Faces) -> Tensor:
-        """Images (B,) bool for whose surest face O-Net gives a turned crop a higher score."""
-        surest_rows = (number_in_image(faces.image_index) == 0).nonzero()[:, 0]
-        surest = faces.select(surest_rows[faces.scores[surest_rows].logit() < UPRIGHT_LOGIT])
-        is_turned = self.best_turn(images, surest, (0, 2)) > 0
-        may_be_sideways = surest.scores.logit() < NOT_SIDEWAYS_LOGIT
-        sideways = surest.select(may_be_sideways)
-        is_turned[may_be_sideways] |= self.best_turn(images, sideways, (0, 1, 3)) > 0
+        """Images (B,) bool with a face to which O-Net gives a higher score when it is turned.
+
+        Only the N_BEST faces count, of images whose best score leaves a doubt.
+        """
+        number = number_in_image(faces.image_index)
+        best = torch.full((len(images),), math.inf, device=images.device)
+        best[faces.image_index[number == 0]] = faces.scores[number == 0].logit()
+        is_candidate = (best[faces.image_index] < UPRIGHT_LOGIT) & (number < N_BEST)
+        candidates = faces.select(is_candidate)
+        sideways = candidates.select(best[candidates.image_index] < NOT_SIDEWAYS_LOGIT)
         is_doubtful = torch.zeros(len(images), dtype=torch.bool)
-        is_doubtful[surest.image_index[is_turned].cpu()] = True
+        for group, turns in ((candidates, (2,)), (sideways, (1, 3))):
+            logits = self.read_faces(images, group, turns)[0].amax(1)
+            is_turned = logits > group.scores.logit()
+            is_doubtful[group.image_index[is_turned].cpu()] = True
         return is_doubtful
 
-    def best_turn(self, images: Tensor, faces: Faces, turns: Sequence[int]) -> Tensor:
-        """Position (n,) in turns at which O-Net gives each face its highest score."""
-        return self.read_faces(images, faces, turns)[0].argmax(1)
-
     def choose_turns(self, images: Tensor, sizes: Tensor, rows: Tensor) -> Tensor:
-        """Quarter turns (k,) int64, counterclockwise, that bring the images `rows` upright."""
+        """Quarter turns (k,) int64, counterclockwise, that bring the images `rows` upright.
+
+        The evidence for a turn is that of the image's surest face: CenterFace's logit plus
+        ONET_WEIGHT times O-Net's.
+        """
         evidence = torch.full((len(images), 4), -math.inf)
         evidence[:, 0] = 0
-        for turn in range(4):
-            boxes = self.propose(images, sizes, rows, turn, MIN_PIXELS)
+        for turn in range(4) if len(rows) else ():
+            boxes = self.propose(images, sizes, rows, turn, TURN_PIXELS)
             boxes = boxes.select(number_in_image(boxes.image_index) < N_BEST)
             logits = self.read_faces(images, boxes, (turn,))[0][:, 0]
             value = boxes.scores.logit() + ONET_WEIGHT * logits
@@ -152,9 +165,9 @@ class SecondLook(nn.Module):
         turned, turned_sizes = turn_pictures(images, sizes, rows, turn)
         found_by = FIRST_TURN + turn - 1
         first = mark(search(turned, turned_sizes), found_by)
-        is_empty = count_faces(first, len(rows)) == 0
-        missed, _ = self.find_missed(turned, turned_sizes, is_empty.nonzero()[:, 0])
-        faces = merge([first, mark(missed, found_by)])
+        is_certain = has_certain_face(first, turned_sizes)
+        missed, _ = self.find_missed(turned, turned_sizes, (~is_certain).nonzero()[:, 0])
+        faces = merge([first, mark(without_same(missed, first), found_by)])
         image_sizes = sizes[rows].to(images.device)[faces.image_index]
         corners = turn_back(faces.boxes.unflatten(1, (2, 2)), image_sizes, turn)
         return FoundFaces(torch.cat([corners.amin(1), corners.amax(1)], 1), faces.scores,
@@ -190,12 +203,15 @@ class SecondLook(nn.Module):
 
         Returns logits (n, len(turns)) and landmarks (n, len(turns), 5, 2) in pixels of the images.
         """
+        if not len(faces.boxes):
+            no_logits = faces.boxes.new_zeros(0, len(turns))
+            return no_logits, faces.boxes.new_zeros(0, len(turns), 5, 2)
         boxes = squares_about(faces.boxes)
         extent = (boxes[:, 2:] - boxes[:, :2] + 1)[:, None]                 # (n, 1, 2)
         crops = crop_boxes(images, boxes, faces.image_index, 48)
         logits, landmarks = [], []
         for turn in turns:
-            outputs = self.run_onet(crops.rot90(turn, (2, 3)))
+            outputs = self.run_onet(turned_copy(crops, turn))
             points = outputs[:, 5:].unflatten(1, (2, 5)).mT * extent
             points = turn_back(points, extent[:, 0], turn)
             logits.append(outputs[:, 0])
@@ -203,10 +219,9 @@ class SecondLook(nn.Module):
         return torch.stack(logits, 1), torch.stack(landmarks, 1)
 
     def run_onet(self, crops: Tensor) -> Tensor:
-        """O-Net on crops (n, 3, 48, 48) float32 of 0 to 255: (n, 15)."""
+        """O-Net on crops (n, 3, 48, 48) float32 of 0 to 255, which it overwrites: (n, 15)."""
         chunks = crops.split(max(1, CROP_PIXELS[crops.device.type] // (48 * 48)))
-        outputs = [self.detector.onet(normalise_pixels(chunk.clone())) for chunk in chunks]
-        return torch.cat(outputs)
+        return torch.cat([self.detector.onet(normalise_pixels(chunk)) for chunk in chunks])
 
 
 def reduced_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
@@ -226,6 +241,12 @@ def resize_pictures(images: Tensor, height: int, width: int) -> Tensor:
         return pixels
     return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True,
                          align_corners=False)
+
+
+def turned_copy(pictures: Tensor, turn: int) -> Tensor:
+    """A copy of pictures (n, 3, h, w) after quarter turns counterclockwise, channels last."""
+    copy = pictures.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
+    return copy if turn else copy.clone()
 
 
 def squares_about(boxes: Tensor) -> Tensor:
@@ -284,9 +305,21 @@ def no_faces(device: torch.device) -> Faces:
                  torch.zeros(0, dtype=torch.int64, device=device))
 
 
-def count_faces(faces: Faces, n_images: int) -> Tensor:
-    """Number of faces (n_images,) int64 of each image, on the CPU."""
-    return faces.image_index.cpu().bincount(minlength=n_images)
+def has_certain_face(faces: Faces, sizes: Tensor) -> Tensor:
+    """Images (B,) bool with a face that is certain, or too large for a false one; on the CPU."""
+    boxes, image_index = faces.boxes.cpu(), faces.image_index.cpu()
+    is_certain = faces.scores.cpu() >= WEAK_SCORE
+    is_certain |= boxes[:, 2] - boxes[:, 0] >= NARROW_SHARE * sizes.amin(1)[image_index]
+    has_face = torch.zeros(len(sizes), dtype=torch.bool)
+    has_face[image_index[is_certain]] = True
+    return has_face
+
+
+def without_same(faces: FoundFaces, others: Faces) -> FoundFaces:
+    """The faces whose boxes overlap none of the others of their image by SAME_FACE_IOU."""
+    is_same = box_iou(faces.boxes, others.boxes) > SAME_FACE_IOU
+    is_same &= faces.image_index[:, None] == others.image_index
+    return faces.select(~is_same.any(1))
 
 
 def number_in_image(image_index: Tensor) -> Tensor:
