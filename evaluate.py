@@ -76,6 +76,7 @@ from models.reports.tables import (
 )
 from models.reports.tally import tally_predictions
 from models.running import cli
+from models.running.command import run_command
 
 OTHER_SPLIT = ("the checkpoint was trained on another split, so this split may contain training "
                "pictures")
@@ -122,6 +123,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[cli.Parser, argparse.Name
 
 def check_args(parser: cli.Parser, args: argparse.Namespace) -> None:
     """One-line errors for flags that contradict each other."""
+    if args.calibrate and args.ckpt == cli.DEFAULT_CHECKPOINT:
+        parser.error("--calibrate expects --ckpt: it would change the shipped checkpoint")
     if args.calibrate and args.split == "test":
         parser.error("--calibrate expects validation pictures; --split test is for the report")
     if Path(args.name).name != args.name:
@@ -397,4 +400,4 @@ def report_table_shares(parser: cli.Parser, args: argparse.Namespace, checkpoint
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "run the command again")

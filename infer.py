@@ -181,8 +181,9 @@ def check_flags(parser: cli.Parser, args: argparse.Namespace) -> None:
     if args.n_vis_samples_per_pic % args.n_vis_rows_per_pic:
         parser.error(f"--n_vis_rows_per_pic {args.n_vis_rows_per_pic} must divide "
                      f"--n_vis_samples_per_pic {args.n_vis_samples_per_pic}")
-    if (args.input_dir and not args.in_list and Path(args.output_dir).resolve().is_relative_to(
-            Path(args.input_dir[0]).resolve())):
+    output_path = Path(args.output_dir).resolve()
+    input_dirs = [] if args.in_list else args.input_dir or []
+    if any(output_path.is_relative_to(Path(folder).resolve()) for folder in input_dirs):
         parser.error("--output_dir lies in --input_dir, where its pictures would be labelled by "
                      "the next run")
     for flag, inches in (("--figsize_h", args.figsize_h), ("--figsize_w", args.figsize_w)):

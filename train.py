@@ -32,6 +32,7 @@ from models.faces.checkpoint import (
 )
 from models.faces.classifier import FaceClassifier, FaceSpec
 from models.running import cli
+from models.running.command import run_command
 from models.running.ranks import init_distributed, shutdown_distributed
 from models.training.auxiliary import class_weights
 from models.training.crops import (
@@ -346,7 +347,11 @@ def main(argv: list[str] | None = None) -> None:
     plot = (args.output_dir or args.out.parent) / f"{args.out.stem}_validation_loss.png"
     run = Run(choose_settings(args.recipe, vars(args)), process, RunFiles(args.out, plot),
               plain_flags(args))
-    if args.outliers and not run.settings.epoch_size:
+    settings = run.settings
+    if settings.input_size_at(settings.epochs - 1) != settings.input_size:
+        parser.error(f"--epochs {settings.epochs}: too few to reach the last of --input_sizes, "
+                     f"{settings.input_size}")
+    if args.outliers and not settings.epoch_size:
         parser.error("--outliers: needs --epoch_size")
     if process.is_main:
         check_outputs(parser, args, run)
@@ -372,7 +377,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; --resume continues after the last saved epoch") from None
+    run_command(main, "--resume continues after the last saved epoch")

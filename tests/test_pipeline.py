@@ -12,8 +12,8 @@ from models.faces.mtcnn import MTCNN, Faces
 from models.faces.pipeline import (
     FacePolicy,
     FaceRow,
-    FoundFaces,
     Loading,
+    SelectedFaces,
     ViewSpec,
     align_photos,
     split_found,
@@ -180,7 +180,7 @@ def test_views_are_rendered_in_bounded_batches_that_divide_no_photograph(most_vi
         torch.ones(5),
         [],
     )
-    found = FoundFaces(0, photos, faces, torch.zeros(n_faces, dtype=torch.int64), photos,
+    found = SelectedFaces(0, photos, faces, torch.zeros(n_faces, dtype=torch.int64), photos,
                        [FaceRow(9, -1, "unreadable")])
     monkeypatch.setattr("models.faces.pipeline.VIEW_BYTES", most_views * 3 * 112 ** 2)
     parts = list(split_found([found], WHOLE_VIEW))

@@ -121,7 +121,7 @@ class AlignedBatch:
 
 
 @dataclass
-class FoundFaces:
+class SelectedFaces:
     """Selected faces of the pictures of a batch; crops has the finished crops of the batch."""
     chunk: int
     photos: PhotoBatch                      # those with and without a face, not the crops
@@ -246,7 +246,7 @@ def batch_numbers(n_files: int, batch_size: int, chunks: Iterable[int] | None) -
 
 
 def find_faces(batch: PhotoBatch, size: int, detector: nn.Module | None, view: ViewSpec,
-               policy: FacePolicy, device: torch.device) -> FoundFaces:
+               policy: FacePolicy, device: torch.device) -> SelectedFaces:
     """The selected faces of a batch of pictures of a list in chunks of `size` files."""
     chunk = first_position(batch) // size
     failures = [FaceRow(position, -1, status, error=reason)
@@ -258,14 +258,14 @@ def find_faces(batch: PhotoBatch, size: int, detector: nn.Module | None, view: V
         crops, not_square = square_only(crops)
         failures += not_square
     if not len(photos.positions) or detector is None:
-        return FoundFaces(chunk, photos, no_faces(device), torch.zeros(0, dtype=torch.int64),
+        return SelectedFaces(chunk, photos, no_faces(device), torch.zeros(0, dtype=torch.int64),
                           crops, failures)
     search: Search = detector.detect      # type: ignore[assignment]
     if policy.faces == "largest":
         search = getattr(detector, "detect_largest", search)
     faces = search(photos.images, photos.sizes)
     rows, numbers = select_faces(faces, photos.sizes, policy.faces)
-    found = FoundFaces(chunk, photos, faces.select(rows.to(faces.boxes.device)), numbers, crops,
+    found = SelectedFaces(chunk, photos, faces.select(rows.to(faces.boxes.device)), numbers, crops,
                        failures)
     if policy.without_face == "skip":
         failures += [FaceRow(position, -1, "no_face") for position in found.faceless()]
@@ -308,8 +308,8 @@ def no_faces(device: torch.device) -> Faces:
                  torch.zeros(0, dtype=torch.int64, device=device))
 
 
-def collect_missed(found: Iterable[FoundFaces], mean: MeanLandmarks,
-                   missed: list[int]) -> Iterator[FoundFaces]:
+def collect_missed(found: Iterable[SelectedFaces], mean: MeanLandmarks,
+                   missed: list[int]) -> Iterator[SelectedFaces]:
     """The same batches; adds their landmarks to the mean and the faceless positions to missed."""
     for batch in found:
         mean.add(batch.faces.landmarks, batch.photos.sizes[batch.faces.image_index.cpu()])
@@ -317,7 +317,7 @@ def collect_missed(found: Iterable[FoundFaces], mean: MeanLandmarks,
         yield batch
 
 
-def split_found(found: Iterable[FoundFaces], view: ViewSpec) -> Iterator[FoundFaces]:
+def split_found(found: Iterable[SelectedFaces], view: ViewSpec) -> Iterator[SelectedFaces]:
     """The same faces in batches of at most about VIEW_BYTES of views; no photograph is divided."""
     most = max(1, VIEW_BYTES // (3 * view.size ** 2))
     for batch in found:
@@ -338,7 +338,7 @@ def split_found(found: Iterable[FoundFaces], view: ViewSpec) -> Iterator[FoundFa
                 start = end
 
 
-def render_views(found: FoundFaces, view: ViewSpec) -> AlignedBatch:
+def render_views(found: SelectedFaces, view: ViewSpec) -> AlignedBatch:
     """Views of finished crops and of faces aligned by their landmarks, in this order."""
     rows, views = crop_rows(found.crops, view)
     photo_faces, photo_views = photo_rows(found, view)
@@ -359,7 +359,7 @@ def crop_rows(crops: PhotoBatch, view: ViewSpec) -> tuple[list[FaceRow], Tensor]
     return rows, views
 
 
-def photo_rows(found: FoundFaces, view: ViewSpec) -> tuple[list[FaceRow], Tensor]:
+def photo_rows(found: SelectedFaces, view: ViewSpec) -> tuple[list[FaceRow], Tensor]:
     """Rows and views of the faces of photographs, aligned by their landmarks."""
     photos, faces = found.photos, found.faces
     source = photos.images, photos.sizes, faces.image_index, faces.landmarks
