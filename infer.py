@@ -157,11 +157,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.visualize:
         layout = GridLayout(args.n_vis_samples_per_pic, args.n_vis_rows_per_pic, args.figsize_w,
                             args.figsize_h)
-        draw_grids(run, layout, classes, rank, world_size)
+        n_grids = draw_grids(run, layout, classes, rank, world_size)
         barrier()
+        if rank == 0 and args.overwrite:
+            remove_older_grids(run.output_dir, n_grids)
     if rank == 0:
-        if args.visualize and args.overwrite:
-            remove_older_grids(run, classes, args.n_vis_samples_per_pic)
         merge_run(run, classes)
         tally = tally_predictions(run.output_dir / "predictions.csv", classes, args.by, groups)
         print_summary(tally, count_files(len(run.photos), run.open_chunks), seconds, classes)
@@ -366,22 +366,22 @@ def encode(lines: list[str]) -> bytes:
 
 # -------------------------------------------------------------------------------- parts to results
 def draw_grids(run: Run, layout: GridLayout, classes: tuple[str, ...], rank: int,
-               world_size: int) -> None:
-    """Draws the grids; the ranks take turns and hold one grid in memory each."""
+               world_size: int) -> int:
+    """Draws the grids and returns their number; the ranks take turns, one grid in memory each."""
     faces = labelled_crops(run, classes)
     for number in itertools.count():
         grid_faces = list(itertools.islice(faces, layout.n_faces))
         if not grid_faces:
-            return
+            break
         if number % world_size == rank:
             draw_grid(grid_faces, layout, run.output_dir / f"{number}.jpg")
+    return number
 
 
-def remove_older_grids(run: Run, classes: tuple[str, ...], n_faces_per_grid: int) -> None:
+def remove_older_grids(output_dir: Path, n_grids: int) -> None:
     """Removes the grids that an earlier run with more faces left behind."""
-    n_faces = sum(1 for _ in labelled_crops(run, classes))
-    for number in itertools.count(-(-n_faces // n_faces_per_grid)):
-        path = run.output_dir / f"{number}.jpg"
+    for number in itertools.count(n_grids):
+        path = output_dir / f"{number}.jpg"
         if not path.exists():
             return
         path.unlink()

@@ -51,7 +51,6 @@ from models.faces.pipeline import AlignedBatch, FacePolicy, Loading, ViewSpec, a
 from models.faces.second_look import load_detector
 from models.running import cli
 from models.running.command import run_command
-from models.running.files import atomic_write
 from models.running.locks import LockedError, acquire_lock, release_lock
 from models.running.threads import OrderedThreadPool
 
@@ -343,22 +342,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def plot_distributions(counts: dict[str, dict[str, int]], folder: Path) -> None:
-    """<split>_dist.png for each split: a bar for each class with its count and share."""
-    from matplotlib.figure import Figure
+    """<split>_dist.png for each split."""
+    from models.reports.plots import draw_class_distribution  # matplotlib is slow to import
 
-    for split, count_of_class in counts.items():
-        n_pictures = sum(count_of_class.values())
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        bars = axes.bar(list(count_of_class), list(count_of_class.values()), color="tab:blue",
-                        width=0.7)
-        axes.bar_label(bars, [f"{n:,}\n{100 * n / max(1, n_pictures):.1f} %"
-                              for n in count_of_class.values()], padding=2)
-        axes.set(title=f"{split}: {n_pictures:,} pictures", ylabel="pictures")
-        axes.margins(y=0.18)
-        axes.spines[["top", "right"]].set_visible(False)
-        with atomic_write(folder / f"{split}_dist.png") as temporary_path:
-            figure.savefig(temporary_path, dpi=120)
+    for split, class_counts in counts.items():
+        draw_class_distribution(class_counts, split, folder / f"{split}_dist.png")
 
 
 def print_summary(collection: ChipCollection, groups: list[list[int]], output_dir: str,

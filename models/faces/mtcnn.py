@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,9 @@ class Faces:
     def select(self, rows: Tensor) -> "Faces":
         """The faces of the given rows, (k,) int64 or (n,) bool."""
         return Faces(*(value[rows] for value in vars(self).values()))
+
+
+AnyFaces = TypeVar("AnyFaces", bound=Faces)
 
 
 class MTCNN(nn.Module):
@@ -124,8 +128,8 @@ class MTCNN(nn.Module):
         is_remaining = ~has_large_face[image_index]
         image_index, order = torch.cat([image_index[is_remaining], fine_index]).sort(stable=True)
         boxes = torch.cat([boxes[is_remaining], fine_boxes])[order]
-        return merge_faces(faces.select(has_large_face[faces.image_index]),
-                           self.detect_in_candidates(images, sizes, boxes, image_index))
+        return merge_faces([faces.select(has_large_face[faces.image_index]),
+                            self.detect_in_candidates(images, sizes, boxes, image_index)])
 
     def propose(self, images: Tensor, sizes: Tensor, levels: slice = slice(None),
                 index: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -192,11 +196,18 @@ class MTCNN(nn.Module):
         return clip_boxes_to_image(boxes, sizes.to(boxes.device)[image_index])
 
 
-def merge_faces(faces: Faces, others: Faces) -> Faces:
-    """The faces of two disjoint sets of images, in the order of Faces."""
-    columns = zip(vars(faces).values(), vars(others).values(), strict=True)
-    merged = Faces(*(torch.cat(column) for column in columns))
-    return merged.select(merged.image_index.argsort(stable=True))
+def merge_faces(parts: Sequence[AnyFaces]) -> AnyFaces:
+    """Faces found separately as one, by image; those of one image in the order of the parts."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    merged = type(parts[0])(*map(torch.cat, columns))
+    return merged.select(merged.image_index.argsort(stable=True))       # type: ignore[return-value]
+
+
+def no_faces(device: torch.device) -> Faces:
+    """Zero faces."""
+    return Faces(torch.zeros(0, 4, device=device), torch.zeros(0, device=device),
+                 torch.zeros(0, 5, 2, device=device),
+                 torch.zeros(0, dtype=torch.int64, device=device))
 
 
 def logit(score: float) -> float:

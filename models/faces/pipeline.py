@@ -32,7 +32,7 @@ from models.faces.align import (
 )
 from models.faces.classifier import FaceSpec
 from models.faces.finished_crops import Chips, have_crop_size, views_of_crops
-from models.faces.mtcnn import Faces
+from models.faces.mtcnn import Faces, no_faces
 from models.faces.predictor import Predictor
 from models.faces.second_look import Search
 from models.faces.selection import select_faces
@@ -299,13 +299,6 @@ def square_only(crops: PhotoBatch) -> tuple[PhotoBatch, list[FaceRow]]:
         failures.append(FaceRow(crops.positions[i], -1, "unreadable", error=f"{width} x {height} "
                                 "pixels: a finished crop is square (--align never)"))
     return select_photos(crops, is_square), failures
-
-
-def no_faces(device: torch.device) -> Faces:
-    """Zero faces."""
-    return Faces(torch.zeros(0, 4, device=device), torch.zeros(0, device=device),
-                 torch.zeros(0, 5, 2, device=device),
-                 torch.zeros(0, dtype=torch.int64, device=device))
 
 
 def collect_missed(found: Iterable[SelectedFaces], mean: MeanLandmarks,

@@ -7,7 +7,6 @@ costs one to three crops of its best faces through O-Net.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torchvision.ops import box_iou
 from models.faces.boxes import crop_boxes
 from models.faces.centerface import DIVISOR, CenterFace
 from models.faces.image_pyramid import group_by_size
-from models.faces.mtcnn import CROP_PIXELS, MTCNN, Faces, logit
+from models.faces.mtcnn import CROP_PIXELS, MTCNN, Faces, logit, merge_faces, no_faces
 from models.faces.mtcnn_networks import normalise_pixels
 
 # How a face was found. turned_90: in the picture turned by 90 degrees counterclockwise.
@@ -46,7 +45,6 @@ N_BEST = 3                      # boxes of a picture that decide its direction
 CALL_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 25}     # pixels in one call of CenterFace
 
 Search = Callable[[Tensor, Tensor], Faces]
-AnyFaces = TypeVar("AnyFaces", bound=Faces)
 
 
 @dataclass
@@ -106,7 +104,7 @@ class SecondLook(nn.Module):
             if turn:
                 rows = (turns == turn).nonzero()[:, 0]
                 parts.append(self.find_turned(images, sizes, rows, turn, search))
-        return merge(parts)
+        return merge_faces(parts)
 
     def find_missed(self, images: Tensor, sizes: Tensor,
                     rows: Tensor) -> tuple[FoundFaces, Tensor]:
@@ -167,7 +165,7 @@ class SecondLook(nn.Module):
         first = mark(search(turned, turned_sizes), found_by)
         is_certain = has_certain_face(first, turned_sizes)
         missed, _ = self.find_missed(turned, turned_sizes, (~is_certain).nonzero()[:, 0])
-        faces = merge([first, mark(without_same(missed, first), found_by)])
+        faces = merge_faces([first, mark(without_same(missed, first), found_by)])
         image_sizes = sizes[rows].to(images.device)[faces.image_index]
         corners = turn_back(faces.boxes.unflatten(1, (2, 2)), image_sizes, turn)
         return FoundFaces(torch.cat([corners.amin(1), corners.amax(1)], 1), faces.scores,
@@ -195,7 +193,7 @@ class SecondLook(nn.Module):
                 boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
                 parts.append(Faces(boxes, faces.scores, faces.landmarks,
                                    index[faces.image_index]))
-        return merge(parts)
+        return merge_faces(parts)
 
     def read_faces(self, images: Tensor, faces: Faces,
                    turns: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -289,20 +287,6 @@ def mark(faces: Faces, found_by: int) -> FoundFaces:
     """The faces, all found in one way."""
     return FoundFaces(faces.boxes, faces.scores, faces.landmarks, faces.image_index,
                       torch.full_like(faces.image_index, found_by))
-
-
-def merge(parts: Sequence[AnyFaces]) -> AnyFaces:
-    """Faces found separately as one, by image; those of one image in the order of the parts."""
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    merged = type(parts[0])(*map(torch.cat, columns))
-    return merged.select(merged.image_index.argsort(stable=True))       # type: ignore[return-value]
-
-
-def no_faces(device: torch.device) -> Faces:
-    """Zero faces."""
-    return Faces(torch.zeros(0, 4, device=device), torch.zeros(0, device=device),
-                 torch.zeros(0, 5, 2, device=device),
-                 torch.zeros(0, dtype=torch.int64, device=device))
 
 
 def has_certain_face(faces: Faces, sizes: Tensor) -> Tensor:
